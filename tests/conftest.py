@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for all tests: what needs root, FUSE or containerd is skipped without them, but not in CI.
+
+With `CI=true` a skip of such a test is a failure, since a machine that lacks what they need proves
+nothing. `--soak` also runs the tests that take minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+_NEEDS = ("root", "fuse", "containerd")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {
+        "root": "" if os.geteuid() == 0 else "needs root",
+        "fuse": "" if Path("/dev/fuse").exists() and os.geteuid() == 0 else "needs /dev/fuse",
+        "containerd": ""
+        if shutil.which("containerd") and shutil.which("runc")
+        else "needs containerd",
+    }
+    for item in items:
+        for name, why in missing.items():
+            if why and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=why))
+        if item.get_closest_marker("soak") and not config.getoption("--soak"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: --soak"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    needs = [name for name in _NEEDS if item.get_closest_marker(name)]
+    if (
+        report.skipped
+        and needs
+        and os.environ.get("CI") == "true"
+        and not item.get_closest_marker("soak")
+    ):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"a test that needs {', '.join(needs)} was skipped in CI: {report.longrepr}"
+        )
+    return report
