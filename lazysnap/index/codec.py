@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an index: a layer's tree and chunks as the flat records of `layout`.
+
+The same layer always gives the same bytes. Nodes are numbered breadth first with names sorted, so a
+directory's entries are neighbours. `LayerIndex` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import stat
+from itertools import accumulate
+
+from isal import isal_zlib
+
+from lazysnap.errors import FormatError
+from lazysnap.index import layout
+from lazysnap.index.build import Layer, build, content_of
+from lazysnap.index.content import Content, Piece
+from lazysnap.index.layout import (
+    CHUNK,
+    DIRENT,
+    KEYS,
+    MEMBER,
+    NO_MEMBER,
+    NODE,
+    NUMBER,
+    SECTION,
+    XATTR,
+    XATTR_COUNT,
+)
+from lazysnap.index.model import IMPLIED, NO_KEY
+from lazysnap.index.reader import LayerIndex
+from lazysnap.index.tree import Node
+
+__all__ = ["LayerIndex", "build", "encode"]
+
+
+def encode(layer: Layer) -> bytes:
+    """The index of a layer, as it is stored.
+
+    Raises:
+        FormatError: chunks overlap, or the layer is too large to be indexed.
+    """
+    writer = _Writer(layer)
+    writer.number()
+    writer.write_nodes()
+    writer.write_chunks()
+    return writer.assemble()
+
+
+class _Writer:
+    """Fills the sections."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.sections = [bytearray() for _ in range(layout.SECTION_COUNT)]
+        self.nodes: list[Node] = []
+        self.places: list[tuple[int, int]] = []  # first dirent and count of each node
+        self.names: list[int] = []  # the first dirent of each node
+        self.pieces: list[Piece] = []
+        self.owners: list[int] = []
+        self.xattrs: dict[bytes, int] = {}
+        self.total_size = 0
+
+    def number(self) -> None:
+        """Number the nodes, count their links, and write the dirents."""
+        nodes, names = self.nodes, self.names
+        text = self.sections[layout.TEXT]
+        dirents = self.sections[layout.DIRENTS]
+        root = self.layer.root
+        root.number, root.nlink = 0, 2
+        nodes.append(root)
+        names.append(layout.NO_DIRENT)
+        count = 0
+        for number, node in enumerate(nodes):  # grows on the way
+            children = node.children
+            if children is None:
+                self.places.append((0, 0))
+                continue
+            self.places.append((count, len(children)))
+            for name, child in sorted(children.items()):
+                if child.number < 0:
+                    child.number = len(nodes)
+                    nodes.append(child)
+                    names.append(count)
+                    if child.children is not None:
+                        child.nlink = 1
+                        node.nlink += 1
+                child.nlink += 1
+                dirents += DIRENT.pack(len(text), len(name), child.number, number)
+                text += name
+                count += 1
+
+    def write_nodes(self) -> None:
+        """Write the nodes and what hangs on them; collect the chunks."""
+        table = self.sections[layout.NODES]
+        text = self.sections[layout.TEXT]
+        implied = self.sections[layout.IMPLIED_NODES]
+        for number, node in enumerate(self.nodes):
+            first, count = self.places[number]
+            keys = 0
+            content = content_of(node)
+            if content is not None:
+                first, count = len(self.pieces), len(content.pieces)
+                self.pieces += content.pieces
+                self.owners += [number] * count
+                keys = self._keys(content)
+                self.total_size += content.size
+            elif stat.S_ISLNK(node.mode):
+                target = node.link.encode()
+                first, count = len(text), len(target)
+                text += target
+            if node.flags & IMPLIED:
+                implied += NUMBER.pack(number)
+            table += NODE.pack(
+                node.mode,
+                node.uid,
+                node.gid,
+                node.nlink,
+                node.rdev,
+                node.size,
+                node.mtime_ns,
+                node.flags,
+                first,
+                count,
+                self._xattrs(node) if node.xattrs else 0,
+                keys,
+                self.names[number],
+            )
+        if self.total_size >= 1 << 63 or len(text) >= 1 << 32:
+            raise FormatError("the layer is too large to be indexed")
+
+    def _keys(self, content: Content) -> int:
+        """1 + the number of the content's keys; 0 if its chunk's digest is its key."""
+        if content.single_digest:
+            return 0
+        table = self.sections[layout.CONTENT_KEYS]
+        table += KEYS.pack(*content.keys(self.layer.toc.digest.raw))
+        return len(table) // KEYS.size
+
+    def _xattrs(self, node: Node) -> int:
+        """1 + the offset of the node's extended attributes."""
+        assert node.xattrs is not None
+        if len(node.xattrs) >= 1 << 16:
+            raise FormatError(f"a file has {len(node.xattrs)} extended attributes")
+        parts = [XATTR_COUNT.pack(len(node.xattrs))]
+        for name, value in sorted(node.xattrs.items()):
+            parts += [XATTR.pack(len(name), len(value)), name, value]
+        data = b"".join(parts)
+        heap = self.sections[layout.XATTRS]
+        at = self.xattrs.get(data)
+        if at is None:
+            at = self.xattrs[data] = len(heap) + 1
+            heap += data
+            if len(heap) >= 1 << 32:
+                raise FormatError("the layer's extended attributes are too large to be indexed")
+        return at
+
+    def write_chunks(self) -> None:
+        """Write chunks and members."""
+        members = self.layer.contents.members(self.pieces)
+        member_of = [NO_MEMBER] * len(self.pieces)
+        ranges = self.sections[layout.MEMBERS]
+        lists = self.sections[layout.MEMBER_CHUNKS]
+        first = 0
+        for number, member in enumerate(members):
+            ranges += MEMBER.pack(member.blob_offset, member.blob_end, first, len(member.chunks))
+            first += len(member.chunks)
+            for chunk in member.chunks:
+                lists += NUMBER.pack(chunk)
+                member_of[chunk] = number
+        table = self.sections[layout.CHUNKS]
+        for number, piece in enumerate(self.pieces):
+            table += CHUNK.pack(
+                self.owners[number],
+                member_of[number],
+                piece.file_offset,
+                piece.size,
+                piece.inner_offset,
+                bool(piece.digest),
+                piece.digest or NO_KEY,
+            )
+
+    def assemble(self) -> bytes:
+        """Everything behind the header, and the header."""
+        toc = self.layer.toc
+        location = toc.location
+        root = self.layer.recorded_root or Node(0)
+        prefetch_end = self.layer.prefetch_end
+        facts = layout.FACTS.pack(
+            layout.KINDS.index(location.kind),
+            layout.COMPRESSIONS.index(location.compression),
+            toc.verified,
+            0,
+            location.blob_size,
+            location.offset,
+            location.data_end,
+            -1 if prefetch_end is None else prefetch_end,
+            self.total_size,
+            toc.digest.raw,
+            root.mode,
+            root.uid,
+            root.gid,
+            0,
+            root.mtime_ns,
+        )
+        start = layout.PREAMBLE.size + len(facts) + layout.SECTION_COUNT * SECTION.size
+        start += -start % 8
+        sizes = [len(section) + -len(section) % 8 for section in self.sections]
+        offsets = [start, *accumulate(sizes, initial=start)][1:]
+        out = bytearray(offsets[-1])
+        for section, offset in zip(self.sections, offsets, strict=False):
+            out[offset : offset + len(section)] = section
+        at = layout.PREAMBLE.size
+        out[at : at + len(facts)] = facts
+        at += len(facts)
+        for section, offset in zip(self.sections, offsets, strict=False):
+            SECTION.pack_into(out, at, offset, len(section))
+            at += SECTION.size
+        layout.PREAMBLE.pack_into(out, 0, layout.MAGIC, layout.VERSION, 0, len(out))
+        checksum = isal_zlib.crc32(memoryview(out)[layout.CHECKED_FROM :])
+        layout.PREAMBLE.pack_into(out, 0, layout.MAGIC, layout.VERSION, checksum, len(out))
+        return bytes(out)

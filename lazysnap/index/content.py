@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunks of a layer's files: checked, keyed, and grouped into members.
+
+Keeps the invariant that a file's chunks cover it exactly and in order, that every chunk has
+something to check it by (unless the layer is trusted without), and that no member needs more memory
+than `MAX_MEMBER_SIZE` to decode, nor holds a byte of two chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+from lazysnap.errors import FormatError, NotLazy
+from lazysnap.formats.location import TocLocation
+from lazysnap.formats.toc import Entry
+from lazysnap.index.model import MAX_CHUNK_SIZE, MAX_MEMBER_SIZE, NO_KEY
+
+_PREFIX = "sha256:"
+_LENGTHS = struct.Struct("<QB")
+# A block of a decoder may reach beyond the wanted bytes: a zstd block is up to 128 KiB, deflate
+# codes are up to 15 bits for a byte. Twice the bytes and this much more always is enough.
+_SLACK = 256 << 10
+_first = itemgetter(0)
+
+
+class Piece(NamedTuple):
+    """A chunk before members have numbers."""
+
+    file_offset: int
+    size: int
+    blob_offset: int  # -1: zeros
+    inner_offset: int
+    digest: bytes  # empty: zeros, or nothing to check by
+
+
+@dataclass(slots=True)
+class Content:
+    """The content of a regular file that is not empty."""
+
+    size: int
+    digest: bytes  # sha256 of the file; empty if not told
+    pieces: list[Piece]
+
+    @property
+    def single_digest(self) -> bytes:
+        """The digest of the only chunk; empty if there are more, or it has none."""
+        return self.pieces[0].digest if len(self.pieces) == 1 else b""
+
+    def keys(self, layer: bytes) -> tuple[bytes, bytes]:
+        """The object key and the partial key, see `FileContent`.
+
+        Args:
+            layer: raw digest of the table of contents. It separates the contents that nothing
+                checks from those of all other layers.
+        """
+        hasher = hashlib.sha256(b"lazysnap file 1\0")
+        hasher.update(self.digest or NO_KEY)
+        checked = True
+        for piece in self.pieces:
+            zeros = piece.blob_offset < 0
+            hasher.update(_LENGTHS.pack(piece.size, zeros))
+            hasher.update(piece.digest or NO_KEY)
+            if not zeros and not piece.digest:
+                checked = False
+                hasher.update(_LENGTHS.pack(piece.blob_offset, 0))
+                hasher.update(_LENGTHS.pack(piece.inner_offset, 0))
+        if not checked:
+            return NO_KEY, hashlib.sha256(
+                b"lazysnap unverified 1\0" + layer + hasher.digest()
+            ).digest()
+        return self.digest or NO_KEY, hasher.digest()
+
+
+class MemberRange(NamedTuple):
+    """A member, see `Member`, and the chunks in it, by their position among all chunks."""
+
+    blob_offset: int
+    blob_end: int
+    chunks: list[int]
+
+
+def parse_digest(text: str) -> bytes:
+    """The raw sha256 of a digest in a table of contents; empty for the empty string.
+
+    Raises:
+        FormatError: not a sha256 digest.
+    """
+    if not text:
+        return b""
+    try:
+        raw = bytes.fromhex(text[len(_PREFIX) :])
+    except ValueError:
+        raw = b""
+    if len(raw) != 32 or len(text) != 71 or not text.startswith(_PREFIX):
+        raise FormatError(f"table of contents: not a sha256 digest: {text[:100]!r}")
+    return raw
+
+
+class Contents:
+    """Collects the entries of one layer's regular files, and then finds the members."""
+
+    def __init__(self, location: TocLocation, *, verified: bool) -> None:
+        self._data_end = location.data_end
+        self._verified = verified
+        # All places where compressed data is known to begin or end, of hidden files too.
+        self._boundaries: set[int] = {location.data_end}
+
+    def collect(self, entries: list[Entry]) -> Content | None:
+        """Check the entries of one file.
+
+        Args:
+            entries: the `reg` entry and the `chunk` entries that follow it.
+
+        Returns:
+            None for an empty file.
+
+        Raises:
+            FormatError: they contradict each other.
+            NotLazy: reason `chunk-too-large` or `unverified-chunks`.
+        """
+        first = entries[0]
+        size = first.size
+        if not 0 <= size < 1 << 63:
+            raise FormatError(f"{_named(first)} has the size {size}")
+        if size == 0:
+            if len(entries) > 1:
+                raise FormatError(f"{_named(first)} is empty but has chunks")
+            return None
+        digest = parse_digest(first.digest)
+        if len(entries) == 1 and digest and first.chunk_digest not in ("", first.digest):
+            raise FormatError(f"{_named(first)} has one chunk and two digests")
+        pieces = []
+        at = 0
+        for entry in entries:
+            piece = self._piece(entry, at, size, digest if len(entries) == 1 else b"")
+            at += piece.size
+            pieces.append(piece)
+        if at != size:
+            raise FormatError(f"{_named(first)} has {size} bytes but chunks of {at}")
+        if first.end_offset:
+            self._bound(first, first.end_offset)
+        return Content(size, digest, pieces)
+
+    def _piece(self, entry: Entry, at: int, file_size: int, fallback: bytes) -> Piece:
+        """One chunk, which must begin at `at`."""
+        size = entry.chunk_size or file_size - entry.chunk_offset
+        if entry.chunk_offset != at or size <= 0 or at + size > file_size:
+            raise FormatError(
+                f"{_named(entry)} has a chunk at {entry.chunk_offset}+{entry.chunk_size} where"
+                f" one at {at} of at most {file_size - at} bytes is due"
+            )
+        offset, inner = entry.offset, entry.inner_offset
+        self._bound(entry, offset)
+        if entry.chunk_type == "zeros":
+            return Piece(at, size, -1, 0, b"")
+        if offset >= self._data_end:
+            raise FormatError(f"{_named(entry)} has a chunk at {offset}, behind the data")
+        if entry.chunk_type:
+            raise FormatError(f"{_named(entry)} has a chunk of type {entry.chunk_type[:100]!r}")
+        if inner < 0:
+            raise FormatError(f"{_named(entry)} has the inner offset {inner}")
+        if size > MAX_CHUNK_SIZE or inner + size > MAX_MEMBER_SIZE:
+            raise NotLazy(
+                f"{_named(entry)} has a chunk of {size} bytes at {inner} of its member, which is"
+                " too much to decode at once",
+                hint="convert the image with `lazysnap convert`",
+                reason="chunk-too-large",
+            )
+        digest = fallback or parse_digest(entry.chunk_digest)
+        if not digest and self._verified:
+            raise NotLazy(
+                f"{_named(entry)} has a chunk without a digest",
+                hint="convert the image with `lazysnap convert`",
+                reason="unverified-chunks",
+            )
+        return Piece(at, size, offset, inner, digest)
+
+    def _bound(self, entry: Entry, offset: int) -> None:
+        if not 0 <= offset <= self._data_end:
+            raise FormatError(f"{_named(entry)} points to {offset}, outside the layer's data")
+        self._boundaries.add(offset)
+
+    def members(self, pieces: list[Piece]) -> list[MemberRange]:
+        """The members that chunks are in, sorted by their place in the blob.
+
+        Args:
+            pieces: all chunks of the finished tree.
+
+        Raises:
+            FormatError: two chunks overlap.
+        """
+        boundaries = sorted(self._boundaries)
+        order = sorted(
+            (piece.blob_offset, piece.inner_offset, number)
+            for number, piece in enumerate(pieces)
+            if piece.blob_offset >= 0
+        )
+        members: list[MemberRange] = []
+        for blob_offset, group in groupby(order, _first):
+            end = boundaries[bisect_right(boundaries, blob_offset)]
+            filled = 0
+            numbers = []
+            for _, inner_offset, number in group:
+                if inner_offset < filled:
+                    raise FormatError(f"two files share bytes of the member at {blob_offset}")
+                filled = inner_offset + pieces[number].size
+                numbers.append(number)
+            enough = blob_offset + 2 * filled + _SLACK
+            members.append(MemberRange(blob_offset, min(end, enough), numbers))
+        return members
+
+
+def _named(entry: Entry) -> str:
+    return f"file {entry.name[:200]!r}"
