@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls between processes: msgpack frames over a unix socket.
+
+A frame is a 4-byte big-endian length and a msgpack map. A request is `{"call": name, "args": {...}}`;
+the answer is `{"ok": value}` or `{"error": {"class", "message", "hint", "reason"}}`. Each call uses a
+connection of its own, so nothing has to be put together again when either side restarts. Knows
+nothing of what is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgpack
+import trio
+
+from lazysnap import errors, log
+from lazysnap.errors import Internal, LazysnapError, Unavailable
+
+_LENGTH = struct.Struct(">I")
+MAX_FRAME = 64 << 20
+_log = log.get(__name__)
+
+Handler = Callable[..., Awaitable[Any]]
+
+
+def pack(message: Mapping[str, Any]) -> bytes:
+    """One frame with this message."""
+    body: bytes = msgpack.packb(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def pack_error(error: LazysnapError) -> dict[str, Any]:
+    """The map that stands for an error in an answer."""
+    return {
+        "class": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "reason": error.reason,
+    }
+
+
+def unpack_error(packed: Mapping[str, Any]) -> LazysnapError:
+    """The error that `pack_error` made this from."""
+    return errors.rebuilt(
+        str(packed.get("class")),
+        str(packed.get("message")),
+        packed.get("hint"),
+        packed.get("reason"),
+    )
+
+
+async def receive(stream: trio.abc.ReceiveStream) -> dict[str, Any] | None:
+    """The next message of a stream, or None at its end.
+
+    Raises:
+        Unavailable: the stream ended inside a frame, or what came is not a frame.
+    """
+    head = await _exactly(stream, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_FRAME:
+        raise Unavailable(f"a frame of {length} bytes is not one of ours")
+    body = await _exactly(stream, length)
+    if body is None:
+        raise Unavailable("the peer went away in the middle of a message")
+    try:
+        message = msgpack.unpackb(body, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Unavailable(f"a frame that is not msgpack: {error}") from error
+    if not isinstance(message, dict):
+        raise Unavailable("a frame that holds no map")
+    return message
+
+
+async def _exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        try:
+            more = await stream.receive_some(min(count - len(data), 1 << 18))
+        except trio.BrokenResourceError as error:
+            raise Unavailable(f"the peer went away: {error}") from error
+        if not more:
+            if data:
+                raise Unavailable("the peer went away in the middle of a message")
+            return None
+        data += more
+    return bytes(data)
+
+
+async def call(path: str, name: str, *, timeout: float, **args: Any) -> Any:
+    """Call `name` at the socket `path` and return its answer.
+
+    Args:
+        path: the unix socket.
+        name: a handler of the peer.
+        timeout: seconds until the whole call must have been answered.
+        args: what the handler gets; msgpack types only.
+
+    Raises:
+        Unavailable: nobody listens, or there was no answer in time.
+        LazysnapError: what the handler raised.
+    """
+    answer = None
+    with trio.move_on_after(timeout) as scope:
+        try:
+            stream = await trio.open_unix_socket(path)
+        except OSError as error:
+            raise Unavailable(f"nobody answers at {path}: {error.strerror}") from error
+        async with stream:
+            try:
+                await stream.send_all(pack({"call": name, "args": args}))
+            except trio.BrokenResourceError as error:
+                raise Unavailable(f"the peer at {path} went away: {error}") from error
+            answer = await receive(stream)
+    if scope.cancelled_caught:
+        raise Unavailable(f"{path} did not answer {name!r} within {timeout:g} s")
+    if answer is None:
+        raise Unavailable(f"the peer at {path} hung up without an answer")
+    if "error" in answer:
+        raise unpack_error(answer["error"])
+    return answer.get("ok")
+
+
+async def serve(
+    path: str,
+    handlers: Mapping[str, Handler],
+    *,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve calls at a unix socket until cancelled; a file in the way is replaced.
+
+    Args:
+        path: where to listen; created with mode 0600.
+        handlers: async functions by the name they are called by.
+        task_status: told when calls are accepted.
+    """
+    listener = _listen(path)
+
+    async def connection(stream: trio.SocketStream) -> None:
+        async with stream:
+            try:
+                request = await receive(stream)
+                if request is not None:
+                    await stream.send_all(await _answer(handlers, request))
+            except (Unavailable, trio.BrokenResourceError) as error:
+                _log.debug("call broken off", error=error)
+
+    await trio.serve_listeners(connection, [listener], task_status=task_status)
+
+
+async def _answer(handlers: Mapping[str, Handler], request: Mapping[str, Any]) -> bytes:
+    """The frame that answers a request."""
+    name = str(request.get("call"))
+    handler = handlers.get(name)
+    try:
+        if handler is None:
+            raise errors.InvalidArgument(f"there is no call {name!r}")
+        return pack({"ok": await handler(**request.get("args", {}))})
+    except LazysnapError as error:
+        return pack({"error": pack_error(error)})
+    except Exception as error:  # an edge: a bug in one call must not end the process
+        _log.exception("call failed", call=name)
+        return pack({"error": pack_error(Internal(f"{name}: {type(error).__name__}: {error}"))})
+
+
+def _listen(path: str) -> trio.SocketListener:
+    aside = f"{path}.{os.getpid()}"
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)  # of an earlier process with the same number
+        raw.bind(aside)
+        os.chmod(aside, 0o600)
+        raw.listen(64)
+        # Renamed into place, so that there is never a moment without a listening socket.
+        os.rename(aside, path)
+    except OSError as error:
+        raw.close()
+        raise Internal(f"cannot listen at {path}: {error}") from error
+    return trio.SocketListener(trio.socket.from_stdlib_socket(raw))

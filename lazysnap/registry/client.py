@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client of container registries: manifests, small blobs, and parts of large ones.
+
+Speaks the OCI distribution specification (spec.md, end-2 and end-3). Keeps nothing on disk; what
+pushes is in `push` and `referrers`. Whatever it returns as `bytes` has been checked against a
+digest, except what was asked for by tag; streams and ranges are checked by their readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from weakref import WeakValueDictionary
+
+import trio
+
+from lazysnap import log, oci
+from lazysnap.digest import Digest
+from lazysnap.errors import FormatError, LazysnapError, RegistryNotFound
+from lazysnap.reference import Reference
+from lazysnap.registry.auth import Authenticator
+from lazysnap.registry.blob import RemoteBlob
+from lazysnap.registry.credentials import CredentialSource, DockerConfig
+from lazysnap.registry.exchange import Call, Exchange
+from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
+from lazysnap.registry.stream import RangeReader
+from lazysnap.registry.transport import Answer, Statistics, Transport
+
+_log = log.get(__name__)
+
+ANY_DOCUMENT = ", ".join(
+    (oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST, "*/*")
+)
+"""Accept header for whatever is under /manifests/."""
+
+_DEEPEST_INDEX = 3
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image for one platform, without its layers.
+
+    Attributes:
+        reference: as it was asked for.
+        top: what the reference points to: an index or a manifest.
+        documents: the indexes and the manifest with their bytes, from `top` downward.
+        descriptor: of the manifest.
+        manifest: of the platform.
+        config: the image's configuration.
+        config_bytes: as the registry has it.
+    """
+
+    reference: Reference
+    top: oci.Descriptor
+    documents: tuple[tuple[oci.Descriptor, bytes], ...]
+    descriptor: oci.Descriptor
+    manifest: oci.Manifest
+    config: oci.ImageConfig
+    config_bytes: bytes
+
+
+class Registry:
+    """A client for all registries; an async context manager, used from one trio run.
+
+    Args:
+        settings: limits and hosts.
+        credentials: where passwords come from; docker's configuration by default.
+        hosts: the endpoints of hosts, if not the hosts themselves.
+
+    Attributes:
+        exchange: the way to send requests, for what is built upon this in this package.
+    """
+
+    def __init__(
+        self,
+        settings: RegistrySettings | None = None,
+        credentials: CredentialSource | None = None,
+        *,
+        hosts: HostTable | None = None,
+    ) -> None:
+        settings = settings or RegistrySettings()
+        credentials = credentials or DockerConfig(helper_seconds=settings.helper_seconds)
+        self._hosts = hosts or HostTable(settings)
+        self._transport = Transport(settings)
+        authenticator = Authenticator(self._transport, credentials)
+        self.exchange = Exchange(settings, self._transport, authenticator, self._hosts)
+        self._tag_locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    async def __aenter__(self) -> Registry:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._transport.aclose()
+
+    def allow_plain_http(self, host: str) -> None:
+        """Speak plain HTTP to a host from now on, because the user asked for it."""
+        self._hosts.allow_plain_http(host)
+
+    def statistics(self) -> Statistics:
+        """What was sent and received since the start, by host."""
+        return self._transport.statistics()
+
+    def tag_lock(self, reference: Reference) -> trio.Lock:
+        """To be held by whoever reads a tag in order to change it, so that ours take turns."""
+        return self._tag_locks.setdefault(reference.name, trio.Lock())
+
+    async def manifest(
+        self, reference: Reference, digest: Digest | None = None
+    ) -> tuple[oci.Descriptor, bytes]:
+        """A manifest or index.
+
+        Args:
+            reference: by its digest, or its tag when it has none.
+            digest: asked for instead, from the same repository.
+
+        Raises:
+            RegistryNotFound: the registry does not have it.
+            DigestMismatch: it is not what the digest promises.
+            RegistryError: or another of its kinds.
+        """
+        digest = digest or reference.digest
+        target = digest or reference.tag or "latest"
+        what = f"manifest {reference.repository}{'@' if digest else ':'}{target}"
+        call = Call(
+            reference,
+            f"manifests/{target}",
+            what,
+            headers={"Accept": ANY_DOCUMENT},
+            capability=PULL if digest else RESOLVE,
+        )
+        answer, data = await self.exchange.fetch(call, oci.MAX_DOCUMENT)
+        if digest is not None:
+            digest.verify(data, what)
+        return self._describe(answer, data, digest, what), data
+
+    async def fetch_image(self, reference: Reference, platform: oci.Platform) -> Image:
+        """The manifest for a platform with what leads to it, and its configuration.
+
+        Raises:
+            RegistryNotFound: the registry does not have it, or nothing for the platform.
+            FormatError, DigestMismatch: it is malformed or not what it should be.
+            RegistryError: or another of its kinds.
+        """
+        top, data = await self.manifest(reference)
+        descriptor, documents = top, [(top, data)]
+        document = oci.parse_document(data, top.media_type)
+        while isinstance(document, oci.Index):
+            if len(documents) > _DEEPEST_INDEX:
+                raise FormatError(f"{reference}: too many indexes within each other")
+            descriptor = document.choose(platform)
+            _, data = await self.manifest(reference, descriptor.digest)
+            if len(data) != descriptor.size:
+                raise FormatError(
+                    f"{reference}: {descriptor.digest} has {len(data)} bytes,"
+                    f" the index says {descriptor.size}"
+                )
+            documents.append((descriptor, data))
+            document = oci.parse_document(data, descriptor.media_type)
+        config_bytes = await self.blob_bytes(reference, document.config, oci.MAX_DOCUMENT)
+        config = oci.parse_config(config_bytes)
+        oci.check_layers(document, config)
+        if config.os and config.architecture and platform.rank(config.platform) is None:
+            raise RegistryNotFound(
+                f"{reference} is for {config.platform}, not for {platform}", reason="no-platform"
+            )
+        return Image(reference, top, tuple(documents), descriptor, document, config, config_bytes)
+
+    async def blob_bytes(
+        self, reference: Reference, descriptor: oci.Descriptor, limit: int
+    ) -> bytes:
+        """All of a small blob, checked.
+
+        Args:
+            reference: any reference of its repository.
+            descriptor: its digest and size.
+            limit: most bytes to hold.
+
+        Raises:
+            FormatError: it is larger than `limit`.
+            DigestMismatch: it is not what the digest promises.
+            RegistryError: or one of its kinds.
+        """
+        if descriptor.size > limit:
+            raise FormatError(
+                f"blob {descriptor.digest} of {reference.repository} has {descriptor.size} bytes,"
+                f" more than {limit}"
+            )
+        data = bytearray()
+        async with self.stream_blob(reference, descriptor.digest, descriptor.size) as stream:
+            async for chunk in stream:
+                data += chunk
+        descriptor.digest.verify(data, f"blob of {reference.host}/{reference.repository}")
+        return bytes(data)
+
+    def stream_blob(
+        self, reference: Reference, digest: Digest, size: int, start: int = 0
+    ) -> RangeReader:
+        """All bytes of a blob from offset `start`; what is received is not checked.
+
+        Continues after a broken connection where it stopped, and works with servers that do not
+        support ranges.
+
+        Returns:
+            An async context manager that is its own async iterator of bytes.
+        """
+        return self.blob(reference, digest, size).whole_stream(start)
+
+    def blob(self, reference: Reference, digest: Digest, size: int | None = None) -> RemoteBlob:
+        """A blob to be read in parts; keep it, as it remembers where it is served from."""
+        return RemoteBlob(self.exchange, reference, digest, size)
+
+    def _describe(
+        self, answer: Answer, data: bytes, digest: Digest | None, what: str
+    ) -> oci.Descriptor:
+        """The descriptor of a manifest that was received."""
+        actual = digest or Digest.of(data)
+        claimed = answer.headers.get("docker-content-digest")
+        if claimed and claimed.partition(":")[0] == actual.algorithm and claimed != actual:
+            _log.warning("registry names another digest", what=what, claimed=claimed, actual=actual)
+        media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type not in oci.MANIFEST_TYPES | oci.INDEX_TYPES:
+            media_type = _own_type(data) or media_type
+        return oci.Descriptor(media_type=media_type, digest=actual, size=len(data))
+
+
+def _own_type(data: bytes) -> str:
+    """The media type that a document gives itself, for servers that send another."""
+    try:
+        document = oci.parse_document(data)
+    except LazysnapError:
+        return ""
+    fallback = oci.OCI_INDEX if isinstance(document, oci.Index) else oci.OCI_MANIFEST
+    return document.media_type or fallback

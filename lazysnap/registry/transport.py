@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTTP request at a time: connections, limits, counters.
+
+`Transport.send` is the only place from which requests leave, which is where a scheduler with
+budgets belongs. It follows no redirect, knows no credentials, retries nothing: it answers with an
+`Answer`, or raises `Fault` when no answer came.
+
+Whatever happens, a connection is either returned clean to the pool or closed; cancellation
+included. That needs care because a half-read body of httpx is a stack of suspended asynchronous
+generators, see `Answer.aclose`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.cookiejar
+import ssl
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import httpcore
+import httpx
+import trio
+
+from lazysnap import __version__
+from lazysnap.errors import RegistryError
+from lazysnap.registry.hosts import RegistrySettings, TLSOptions
+from lazysnap.registry.pool import PoolTransport, UploadBody
+from lazysnap.registry.retry import Fault
+
+_URL_LIMIT = 16 << 10
+_BROKEN = (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError)
+_TIMEOUT = (httpx.TimeoutException, httpcore.TimeoutException)
+
+
+@dataclass(frozen=True)
+class HostStatistics:
+    """What went to and came from one host since the start.
+
+    Attributes:
+        requests: answered or not.
+        bytes_received: of bodies.
+        retries: requests that repeat a failed one.
+    """
+
+    requests: int = 0
+    bytes_received: int = 0
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counters by host, a snapshot."""
+
+    hosts: Mapping[str, HostStatistics]
+
+    @property
+    def requests(self) -> int:
+        """Requests to all hosts."""
+        return sum(h.requests for h in self.hosts.values())
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of bodies from all hosts."""
+        return sum(h.bytes_received for h in self.hosts.values())
+
+    @property
+    def retries(self) -> int:
+        """Retries at all hosts."""
+        return sum(h.retries for h in self.hosts.values())
+
+
+@dataclass
+class _Counter:
+    requests: int = 0
+    bytes_received: int = 0
+    retries: int = 0
+
+
+class Answer:
+    """A response whose body is read by iterating; close it in every case.
+
+    Attributes:
+        status: HTTP status.
+        headers: response headers, case-insensitive.
+        url: where it came from.
+    """
+
+    def __init__(self, response: httpx.Response, url: str, counter: _Counter) -> None:
+        self.status = response.status_code
+        self.headers = response.headers
+        self.url = url
+        self._response = response
+        self._counter = counter
+        stream = response.stream
+        self._stream: httpx.AsyncByteStream = stream  # type: ignore[assignment]  # async client
+        self._iterator: AsyncIterator[bytes] | None = None
+        self._ended = False
+        self._received = 0
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body, if the head tells; an answer to HEAD has none."""
+        if self._response.request.method == "HEAD":
+            return 0
+        value = self.headers.get("content-length", "")
+        return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next piece of the body as it arrived, not decoded.
+
+        Raises:
+            Fault: the connection broke, ended early or stalled.
+        """
+        if self._ended:
+            raise StopAsyncIteration
+        if self._iterator is None:
+            self._iterator = aiter(self._stream)
+        try:
+            chunk = await anext(self._iterator)
+        except StopAsyncIteration:
+            self._ended = True
+            # The body ended as it should: this returns the connection to the pool.
+            await self._response.aclose()
+            raise
+        except BaseException as error:
+            self._ended = True
+            if isinstance(error, _TIMEOUT):
+                raise Fault(f"{self.url_host} sent nothing more in time") from error
+            if isinstance(error, _BROKEN):
+                raise Fault(f"{self.url_host} broke the connection: {_text(error)}") from error
+            raise
+        self._received += len(chunk)
+        self._counter.bytes_received += len(chunk)
+        return chunk
+
+    async def read(self, limit: int) -> bytes:
+        """All of the body.
+
+        Raises:
+            RegistryError: it has more than `limit` bytes; no more than that are held.
+            Fault: it could not be read to its end.
+        """
+        if (self.length or 0) > limit:
+            raise RegistryError(f"{self.url_host} sends {self.length} bytes, more than {limit}")
+        data = bytearray()
+        async for chunk in self:
+            data += chunk
+            if len(data) > limit:
+                raise RegistryError(f"{self.url_host} sends more than {limit} bytes")
+        return bytes(data)
+
+    async def drain(self, limit: int = 64 << 10) -> None:
+        """Read what little is left, so that the connection can be used again; otherwise close it."""
+        left = limit if self.length is None else self.length - self._received
+        if not self._ended and left <= limit:
+            with contextlib.suppress(Fault):
+                async for chunk in self:
+                    left -= len(chunk)
+                    if left < 0:
+                        break
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Give up the rest of the body.
+
+        httpx and httpcore stack several asynchronous generators, and closing the outermost leaves
+        the inner ones to the garbage collector. So the socket is closed under them and the
+        innermost read fails, which unwinds all of them in order.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        with trio.CancelScope(shield=True):
+            if self._iterator is None:
+                await self._response.aclose()
+                return
+            stream = self._response.extensions.get("network_stream")
+            if stream is not None:
+                await stream.aclose()
+            with contextlib.suppress(*_BROKEN, *_TIMEOUT):
+                # What the parser holds already, less than two reads, and then the error.
+                async for _ in self._iterator:
+                    pass
+            await self._response.aclose()
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def url_host(self) -> str:
+        """Host and port of the server that answered."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+
+@dataclass
+class Transport:
+    """The HTTP clients, one per kind of TLS and proxy, and the counters."""
+
+    settings: RegistrySettings
+    _clients: dict[tuple[TLSOptions | None, str | None], httpx.AsyncClient] = field(
+        default_factory=dict
+    )
+    _counters: dict[str, _Counter] = field(default_factory=dict)
+    _proxies: dict[str, str] = field(default_factory=urllib.request.getproxies)
+
+    async def aclose(self) -> None:
+        """Close all connections; answers that are still open break."""
+        clients = list(self._clients.values())
+        self._clients.clear()
+        with trio.CancelScope(shield=True):
+            for client in clients:
+                await client.aclose()
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        tls: TLSOptions,
+        content: bytes | None = None,
+        deadline: float,
+        repeated: bool = False,
+    ) -> Answer:
+        """Send one request and return its answer with the body unread.
+
+        Args:
+            method: of HTTP.
+            url: absolute.
+            headers: all of them; `Accept-Encoding: identity` is added.
+            tls: for https.
+            content: body to send.
+            deadline: when to give up waiting for the answer's head, by trio's clock. The time in
+                which `content` goes out is not counted; a write that stalls ends it.
+            repeated: count it as a retry.
+
+        Raises:
+            Fault: no answer came.
+            RegistryError: the URL cannot be used.
+        """
+        host = _check(url)
+        headers = {**headers, "Accept-Encoding": "identity"}
+        if content is not None:
+            headers["Content-Length"] = str(len(content))
+        counter = self._counters.setdefault(host, _Counter())
+        counter.requests += 1
+        counter.retries += repeated
+        client = self._client(url, tls)
+        try:
+            request = client.build_request(method, url, headers=headers)
+        except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+            raise RegistryError(f"cannot ask {host}: {error}") from error
+        response: httpx.Response | None = None
+        with trio.move_on_at(deadline) as scope:
+            if content:
+                request.stream = UploadBody(content, partial(_extend, scope))
+            try:
+                response = await client.send(request, stream=True)
+            except _TIMEOUT as error:
+                raise Fault(f"{host} did not answer in time ({type(error).__name__})") from error
+            except _BROKEN as error:
+                if isinstance(error.__context__, httpx.InvalidURL):
+                    # httpx looks at Location even though it is told not to follow it.
+                    raise RegistryError(f"{host} redirects to an unusable URL") from error
+                untrusted = _cause(error, ssl.SSLCertVerificationError)
+                if untrusted is not None:
+                    raise RegistryError(
+                        f"{host} shows a certificate that is not trusted: {untrusted}",
+                        hint="install the registry's CA certificate on this machine",
+                        reason="untrusted-certificate",
+                    ) from error
+                raise Fault(f"cannot talk to {host}: {_text(error)}") from error
+            except ssl.SSLError as error:
+                raise Fault(f"TLS with {host} failed: {_text(error)}") from error
+        if response is None:
+            raise Fault(f"{host} did not answer in time", cut_short=True)
+        return Answer(response, url, counter)
+
+    def statistics(self) -> Statistics:
+        """The counters now."""
+        return Statistics(
+            {
+                host: HostStatistics(c.requests, c.bytes_received, c.retries)
+                for host, c in self._counters.items()
+            }
+        )
+
+    def _client(self, url: str, tls: TLSOptions) -> httpx.AsyncClient:
+        key = (tls if url.startswith("https:") else None, self._proxy(url))
+        client = self._clients.get(key)
+        if client is None:
+            client = self._clients[key] = self._new_client(*key)
+        return client
+
+    def _new_client(self, tls: TLSOptions | None, proxy: str | None) -> httpx.AsyncClient:
+        settings = self.settings
+        timeout = httpx.Timeout(
+            settings.stall_seconds, connect=settings.connect_seconds, pool=settings.retry_seconds
+        )
+        no_cookies = http.cookiejar.CookieJar(
+            http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
+        )
+        # Loading the system's certificates takes longer than a request to a near registry.
+        context = tls.context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        transport: httpx.AsyncBaseTransport
+        if proxy is None:
+            transport = PoolTransport(settings, context)
+        else:
+            limits = httpx.Limits(
+                max_connections=settings.max_connections,
+                keepalive_expiry=settings.keep_alive_seconds,
+            )
+            transport = httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+        return httpx.AsyncClient(
+            transport=transport,
+            timeout=timeout,
+            cookies=no_cookies,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"User-Agent": f"lazysnap/{__version__}"},
+        )
+
+    def _proxy(self, url: str) -> str | None:
+        """The proxy that the environment names for a URL, as for curl and Go programs."""
+        if not self._proxies:
+            return None
+        parts = urlsplit(url)
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
+        if proxy is None or urllib.request.proxy_bypass(parts.netloc):
+            return None
+        return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _extend(scope: trio.CancelScope, seconds: float) -> None:
+    """Let a scope run longer."""
+    scope.deadline += seconds
+
+
+def _check(url: str) -> str:
+    """Host and port of a URL that may be asked.
+
+    Raises:
+        RegistryError: it is too long or not HTTP.
+    """
+    if len(url) > _URL_LIMIT:
+        raise RegistryError(f"refusing a URL of {len(url)} characters: {url[:100]}...")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        host = None
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not host:
+        raise RegistryError(f"refusing a URL that is not http or https: {url[:100]}")
+    return parts.netloc.rpartition("@")[2]
+
+
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The exception of a kind that led to `error`."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, kind):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def _text(error: BaseException) -> str:
+    """What happened, from the exception that names it: httpx wraps the telling one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if str(seen):
+            return str(seen)
+        seen = seen.__cause__ or seen.__context__
+    return type(error).__name__

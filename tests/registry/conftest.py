@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scripted registry and a client with little patience."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from lazysnap.reference import Reference
+from lazysnap.registry import Registry, RegistrySettings
+from lazysnap.registry.credentials import Anonymous
+from tests.support.registry import FaultyRegistry, faulty_registry
+
+SETTINGS = RegistrySettings(retry_seconds=2, stall_seconds=0.3, connect_seconds=1)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FaultyRegistry]:
+    async with faulty_registry() as server:
+        yield server
+
+
+@pytest.fixture
+async def registry(server: FaultyRegistry) -> AsyncIterator[Registry]:
+    # The server must outlive the client, hence the order of the fixtures.
+    async with Registry(SETTINGS, Anonymous()) as registry:
+        yield registry
+
+
+@pytest.fixture
+def image(server: FaultyRegistry) -> Reference:
+    return Reference.parse(f"{server.host}/team/app:1")

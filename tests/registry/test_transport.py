@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLS and proxies."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from lazysnap.errors import RegistryError, RegistryUnreachable
+from lazysnap.reference import Reference
+from lazysnap.registry import HostTable, Registry, RegistrySettings
+from lazysnap.registry.credentials import Anonymous
+from lazysnap.registry.hosts import Endpoint, TLSOptions
+from lazysnap.registry.push import push_blob
+from tests.registry.conftest import SETTINGS
+from tests.support.registry import FaultyRegistry, Status
+
+
+class Https(HostTable):
+    """Hosts behind TLS, loopback or not."""
+
+    def __init__(self, settings: RegistrySettings, tls: TLSOptions) -> None:
+        super().__init__(settings)
+        self.tls = tls
+
+    def endpoints(self, host: str) -> tuple[Endpoint, ...]:
+        return (Endpoint(f"https://{host}/v2", host, self.tls),)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 signed by itself, with its key in the same file."""
+    both = tmp_path / "both.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    command += f" -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout {both} -out {both}.crt"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    both.write_text(both.read_text() + both.with_name("both.pem.crt").read_text())
+    return both
+
+
+@pytest.fixture
+async def secure(server: FaultyRegistry, certificate: Path) -> AsyncIterator[str]:
+    """Host and port at which `server` is behind TLS."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+
+    async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        await server.serve("registry", stream)
+
+    async with trio.open_nursery() as nursery:
+        serve = partial(trio.serve_ssl_over_tcp, handle, 0, context, host="127.0.0.1")
+        listeners = await nursery.start(partial(serve, https_compatible=True))
+        yield f"127.0.0.1:{listeners[0].transport_listener.socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("trusted", ["by its CA", "blindly"])
+async def test_tls(server: FaultyRegistry, secure: str, certificate: Path, trusted: str) -> None:
+    tls = TLSOptions(verify=False)
+    if trusted == "by its CA":
+        tls = TLSOptions(ca_files=(str(certificate) + ".crt",))
+    data = bytes(range(256)) * 10_000
+    digest = server.add_blob(data)
+    async with Registry(SETTINGS, Anonymous(), hosts=Https(SETTINGS, tls)) as registry:
+        blob = registry.blob(Reference.parse(f"{secure}/x:1"), digest)
+        assert (await blob.tail(100)).data == data[-100:]
+        assert await blob.read(100, 2_000_000) == data[100:2_000_100]
+        async with blob.read_stream(0, len(data)) as stream:
+            await anext(stream)
+
+
+async def test_upload_stays_behind_tls(
+    server: FaultyRegistry, secure: str, certificate: Path
+) -> None:
+    tls = TLSOptions(ca_files=(str(certificate) + ".crt",))
+    data = bytes(range(256)) * 10_000
+    reference = Reference.parse(f"{secure}/x:1")
+    async with Registry(SETTINGS, Anonymous(), hosts=Https(SETTINGS, tls)) as registry:
+        server.uploads.location = "relative"
+        pushed = await push_blob(registry.exchange, reference, data, "a/b")
+        assert server.blobs[pushed.digest] == data
+        server.uploads.location = f"http://{server.host}"
+        with pytest.raises(RegistryError, match="without TLS"):
+            await push_blob(registry.exchange, reference, b"secret", "a/b")
+    assert all(b"secret" not in r.body for r in server.log)
+
+
+async def test_untrusted_certificate_is_final(server: FaultyRegistry, secure: str) -> None:
+    async with Registry(SETTINGS, Anonymous(), hosts=Https(SETTINGS, TLSOptions())) as registry:
+        with pytest.raises(RegistryError, match="not trusted") as caught:
+            await registry.manifest(Reference.parse(f"{secure}/x:1"))
+        assert not isinstance(caught.value, RegistryUnreachable)
+        assert registry.statistics().requests == 1
+    assert server.log == []
+
+
+async def test_proxy_of_the_environment(
+    server: FaultyRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", server.host)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server.faults.append(
+        Status(200, {"Content-Type": "x"}, b"through the proxy", path="registry.test")
+    )
+    async with Registry(SETTINGS, Anonymous()) as registry:
+        registry.allow_plain_http("registry.test")
+        _, data = await registry.manifest(Reference.parse("registry.test/x:1"))
+        assert data == b"through the proxy"
+        # Not for hosts that no_proxy names.
+        digest = server.add_blob(b"x" * 1000)
+        direct = registry.blob(Reference.parse(f"{server.host}/x:1"), digest)
+        assert await direct.read(0, 2) == b"xx"
+    assert [r.path for r in server.log] == [
+        "http://registry.test/v2/x/manifests/1",
+        f"/v2/x/blobs/{digest}",
+    ]
