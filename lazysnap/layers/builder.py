@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the index of a layer in a process of its own: `python -m lazysnap.layers.builder`.
+
+A table of contents comes from outside and may be made to use up memory or time. Here it can use only
+this process's, which has limits and is killed when it takes too long; and the memory that building
+needs is gone when the process ends. The parent sends frames (see `lazysnap.channel`) on standard
+input: the job, then the blob's tail with all of the table of contents; the answer is one frame on
+standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import struct
+import sys
+from typing import BinaryIO
+
+import msgspec
+
+from lazysnap.cache import INDEX_TAIL
+from lazysnap.digest import Digest
+from lazysnap.errors import FormatError, Internal, LazysnapError
+from lazysnap.formats.identify import identify
+from lazysnap.formats.location import TocLocation
+from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_toc
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.seed import write_seed
+
+LENGTH = struct.Struct(">I")
+# Enough for the largest table of contents that is accepted, with its tree.
+MEMORY_LIMIT = 6 << 30
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """What is to be built.
+
+    Attributes:
+        path: where the index goes.
+        blob_size: of the blob, in bytes.
+        annotations: of the layer's descriptor.
+        media_type: of the layer's descriptor, may be empty.
+        toc_digest: promised for the table of contents, if anything is.
+        trusted: accept a table of contents for which nothing is promised.
+    """
+
+    path: str
+    blob_size: int
+    annotations: dict[str, str] = {}
+    media_type: str = ""
+    toc_digest: str | None = None
+    trusted: bool = False
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """What became of a job: `error` or the rest.
+
+    Attributes:
+        error: class, message, hint and reason of the error.
+        nodes: number of files and directories.
+        total_size: of all regular files, in bytes.
+        verified: whether the table of contents was checked against a digest.
+    """
+
+    error: tuple[str, str, str | None, str] | None = None
+    nodes: int = 0
+    total_size: int = 0
+    verified: bool = False
+
+
+def _build(job: Job, tail: bytes) -> Answer:
+    location = identify(tail, job.blob_size, job.annotations, job.media_type)
+    tail_start = job.blob_size - len(tail)
+    start = location.offset - tail_start
+    if start < 0:
+        raise FormatError("the bytes sent do not hold the table of contents")
+    table = _check(job, location, memoryview(tail)[start:])
+    layer = build(table)
+    data = encode(layer)
+    aside = f"{job.path}.new-{os.getpid()}"
+    # Before the index: who finds that does not build it again, and would never have a seed.
+    members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
+    write_seed(job.path + INDEX_TAIL, tail_start, members)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(aside, job.path)
+    except OSError as error:
+        for path in (aside, job.path + INDEX_TAIL):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise Internal(f"cannot store the index: {error}") from error
+    index = LayerIndex(data)
+    return Answer(nodes=index.node_count, total_size=index.total_size, verified=index.verified)
+
+
+def _check(job: Job, location: TocLocation, data: memoryview) -> VerifiedToc:
+    expected = Digest.parse(job.toc_digest) if job.toc_digest else None
+    promised = expected or location.toc_digest or location.frame_digest
+    if job.trusted and not promised:
+        return trust_unverified_toc(location, data)
+    return verify_toc(location, data, expected=expected)
+
+
+def _read_frame(stream: BinaryIO) -> bytes | None:
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    body = stream.read(length)
+    return body if len(body) == length else None
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # rather this than anything else on the node
+    # A tree has no cycles, and collecting while it is built takes a third of the time.
+    gc.disable()
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    while (packed := _read_frame(source)) is not None:
+        tail = _read_frame(source)
+        if tail is None:
+            return
+        try:
+            answer = _build(msgspec.msgpack.decode(packed, type=Job), tail)
+        except LazysnapError as error:
+            answer = Answer(error=(type(error).__name__, error.message, error.hint, error.reason))
+        except MemoryError:
+            answer = Answer(
+                error=(
+                    "FormatError",
+                    "the table of contents needs too much memory",
+                    None,
+                    "too-big",
+                )
+            )
+        del tail
+        body = msgspec.msgpack.encode(answer)
+        sink.write(LENGTH.pack(len(body)) + body)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The open contents of a process: file descriptors of objects and partial files, least used closed.
+
+Content keys are global, so all layers of a process share one table. Used on the event loop only; each
+method is plain `def`, so no other task sees it half done. A content that is evicted from the table
+while a thread uses it is closed when the thread lets go of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from lazysnap import log
+from lazysnap.cache import Cache, PartialFile
+from lazysnap.cache.eviction import Evictor
+from lazysnap.index.model import NO_KEY, Chunk, FileContent
+from lazysnap.index.reader import LayerIndex
+
+_log = log.get(__name__)
+# A promoted file is read once more to check it; beyond this size that is not worth it.
+_MAX_PROMOTED = 64 << 30
+_COMPLAIN_EVERY_SECONDS = 60.0
+_MOST_OPEN = 4096
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True)
+class Whole:
+    """A complete object that is open."""
+
+    fd: int
+    users: int = 0
+    evicted: bool = False
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        os.close(self.fd)
+
+
+@dataclass(slots=True)
+class Parts:
+    """A partial file that is open."""
+
+    file: PartialFile
+    key: bytes
+    object_key: bytes
+    users: int = 0
+    evicted: bool = False
+    promoting: bool = False
+
+    @property
+    def fd(self) -> int:
+        """Where the usable chunks are read from."""
+        return self.file.fd
+
+    def close(self) -> None:
+        """Release the file."""
+        self.file.close()
+
+
+Content = Whole | Parts
+
+
+class Contents:
+    """The table of open contents.
+
+    Args:
+        cache: where the contents are.
+        limit: how many may be open; by default as many as leave enough descriptors for the rest.
+        evictor: makes room when the disk is full; None if nothing shall.
+    """
+
+    def __init__(
+        self, cache: Cache, limit: int | None = None, evictor: Evictor | None = None
+    ) -> None:
+        self.cache = cache
+        self.evictor = evictor
+        self.limit = _affordable() if limit is None else limit
+        self._open: OrderedDict[bytes, Content] = OrderedDict()
+        self._complaints: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._drop(self._open.popitem()[1])
+
+    def find(self, content: FileContent) -> Content | None:
+        """The open content of a file, opening it if the cache has it.
+
+        Returns:
+            None if nothing of it is known to be right; then see `verify` and `create`.
+        """
+        for key in (content.object_key, content.partial_key):
+            found = None if key is None else self._open.get(key)
+            if found is not None:
+                assert key is not None
+                self._open.move_to_end(key)
+                return found
+        fd = self.cache.objects.open(content.object_key, content.size)
+        return None if fd is None else self._keep(content.object_key, Whole(fd))
+
+    def create(self, index: LayerIndex, content: FileContent) -> Parts | None:
+        """Open the partial file of a file of several chunks, or begin one.
+
+        Returns:
+            None if the disk does not allow it.
+        """
+        key = content.partial_key
+        assert key is not None
+        found = self._open.get(key)
+        if isinstance(found, Parts):
+            return found
+        holes = [
+            i for i in range(content.chunk_count) if index.chunk(content.first_chunk + i).member < 0
+        ]
+        try:
+            file = PartialFile(self.cache.partial, key, content.size, content.chunk_count, holes)
+        except OSError as error:
+            self.complain(error)
+            return None
+        parts = Parts(file, key, content.object_key)
+        self._keep(key, parts)
+        return parts
+
+    def hold(self, content: Content) -> None:
+        """Keep a content open while a thread uses it, or while other tasks may run in between."""
+        # What was closed must not come back: its descriptor may be another file's by now.
+        assert content.users or not content.evicted
+        content.users += 1
+
+    def release(self, content: Content) -> None:
+        """End of `hold`."""
+        assert content.users > 0
+        content.users -= 1
+        if content.evicted and content.users == 0:
+            content.close()
+
+    @contextmanager
+    def holding(self, content: Content | None) -> Iterator[None]:
+        """`hold` and `release` around a block; nothing for None."""
+        if content is None:
+            yield
+            return
+        self.hold(content)
+        try:
+            yield
+        finally:
+            self.release(content)
+
+    def forget(self, key: bytes) -> None:
+        """Take a content out of the table, e.g. as it has become another kind of file."""
+        content = self._open.pop(key, None)
+        if content is not None:
+            self._drop(content)
+
+    def sweep(self) -> None:
+        """Close what has no name any more and is not in use, so that the disk gets its blocks."""
+        gone = [
+            key
+            for key, content in self._open.items()
+            if not content.users and os.fstat(content.fd).st_nlink == 0
+        ]
+        for key in gone:
+            self.forget(key)
+
+    def make_room(self, error: OSError, size: int) -> bool:
+        """In a thread: evict if the disk is full.
+
+        Args:
+            error: why something could not be stored.
+            size: of what could not be stored, in bytes.
+
+        Returns:
+            Whether it is worth trying again.
+        """
+        if error.errno not in _NO_ROOM or self.evictor is None:
+            return False
+        if not self.evictor.make_room(size):
+            return False
+        trio.from_thread.run_sync(self.sweep)
+        return True
+
+    def complain(self, error: OSError) -> None:
+        """Log that the cache's disk fails; once a minute for each kind of trouble."""
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        now = time.monotonic()
+        if now - self._complaints.get(name, float("-inf")) >= _COMPLAIN_EVERY_SECONDS:
+            self._complaints[name] = now
+            _log.error("cache fails, serving without it", error=error)
+
+    def promote(self, parts: Parts) -> bool:
+        """Make a complete partial file an object; reads all of it, so call it in a thread.
+
+        Returns:
+            Whether it is an object now. If its digest is not the one that the table of contents
+            claims it stays what it is: all of its chunks are right, and only its name is not.
+        """
+        if parts.object_key == NO_KEY or parts.file.size > _MAX_PROMOTED:
+            return False
+        try:
+            if self.cache.objects.adopt(parts.file.base + ".data", parts.object_key):
+                parts.file.discard()
+                return True
+        except FileNotFoundError:
+            return True  # another process was first
+        except OSError as error:
+            self.complain(error)
+            return False
+        _log.warning("file digest is not the one of its chunks", digest=parts.object_key.hex())
+        parts.object_key = NO_KEY
+        return False
+
+    def _keep(self, key: bytes, content: Content) -> Content:
+        self._open[key] = content
+        if len(self._open) > self.limit:
+            self._drop(self._open.popitem(last=False)[1])
+        return content
+
+    @staticmethod
+    def _drop(content: Content) -> None:
+        content.evicted = True
+        if content.users == 0:
+            content.close()
+
+
+def _affordable() -> int:
+    """How many contents may be open: two descriptors each, and half of all are for other things."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(soft // 4, _MOST_OPEN) if soft != resource.RLIM_INFINITY else _MOST_OPEN
+
+
+def store_chunk(
+    contents: Contents,
+    index: LayerIndex,
+    parts: Mapping[int, Parts | None],
+    i: int,
+    chunk: Chunk,
+    data: memoryview,
+) -> bool:
+    """Put a verified chunk into the cache; called in threads.
+
+    Args:
+        contents: the table, of which only the cache is used.
+        index: of the layer.
+        parts: the open partial file of each node of several chunks that the batch touches.
+        i: number of the chunk in the layer.
+        chunk: its description.
+        data: its bytes.
+
+    Returns:
+        False if the disk did not take it.
+    """
+    content = index.file(chunk.node)
+    file = parts.get(chunk.node)
+    objects = contents.cache.objects
+    if content.partial_key is not None:
+        if file is None:
+            return False
+    elif chunk.digest is None or objects.exists(content.object_key, content.size):
+        return True
+    for again in (True, False):
+        try:
+            if file is None:
+                objects.put(content.object_key, data)
+            else:
+                file.file.write(i - content.first_chunk, chunk.file_offset, data)
+            break
+        except OSError as error:
+            if not again or not contents.make_room(error, chunk.size):
+                contents.complain(error)
+                return False
+    if contents.evictor is not None:
+        contents.evictor.stored(chunk.size)
+    return True

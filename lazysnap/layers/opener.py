@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a layer: from its digest and annotations to a verified index on disk.
+
+At most one round trip for a layer that is not known (its tail holds the footer, usually all of the
+table of contents, and tells the size), none for a known one. The index file is named by the digests of
+blob and table of contents, so that nobody can make one layer answer for another. Knows nothing of
+mounts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from lazysnap import log, oci
+from lazysnap.digest import Digest
+from lazysnap.errors import Internal, NotLazy
+from lazysnap.formats.identify import identify
+from lazysnap.layers.builder import Job
+from lazysnap.layers.builders import Builders
+from lazysnap.layers.view import open_index
+from lazysnap.reference import Reference
+from lazysnap.registry.client import Registry
+
+_log = log.get(__name__)
+_TAIL_LEAST = 128 << 10
+_TAIL_MOST = 2 << 20
+_TAIL_UNKNOWN = 256 << 10
+# A table of contents is about one fiftieth of its layer.
+_TAIL_SHARE = 50
+_TOC_MOST = 64 << 20
+_RECENT_SECONDS = 30.0
+_REMEMBERED = 1024
+_MANIFESTS = 64
+# A table of contents can take 64 MiB here while it is on its way to a builder.
+_AT_ONCE = 16
+_PROMISES = (
+    oci.TOC_DIGEST,
+    *(prefix + oci.ZSTD_CHUNKED_CHECKSUM for prefix in oci.ZSTD_CHUNKED_PREFIXES),
+)
+_NEEDED = frozenset(_PROMISES) | {
+    prefix + oci.ZSTD_CHUNKED_POSITION for prefix in oci.ZSTD_CHUNKED_PREFIXES
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """A layer that is to be opened.
+
+    Attributes:
+        reference: image that it is fetched by.
+        digest: of the compressed blob.
+        size: of the blob in bytes, if it is known.
+        media_type: if it is known.
+        annotations: of its descriptor, as far as they are known.
+        manifest: digest of the manifest that has the rest, if it is known.
+        complete: there are no other annotations than those given.
+    """
+
+    reference: Reference
+    digest: Digest
+    size: int | None = None
+    media_type: str | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    manifest: Digest | None = None
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedLayer:
+    """A layer whose index is on disk.
+
+    Attributes:
+        index: name of the file below `cache/index`.
+        blob_size: in bytes.
+        annotations: those that it was checked by; with them it can be opened again.
+        fetched: whether bytes of it have just come from the registry.
+    """
+
+    index: str
+    blob_size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    fetched: bool = False
+
+
+class Opener:
+    """Opens layers.
+
+    Args:
+        index_directory: where indexes are kept.
+        registry: client for manifests and blobs.
+        builders: processes that build indexes.
+        allow_unverified: accept layers for which no digest of the table of contents is known.
+    """
+
+    def __init__(
+        self,
+        index_directory: str,
+        registry: Registry,
+        builders: Builders,
+        *,
+        allow_unverified: bool = False,
+    ) -> None:
+        self._directory = index_directory
+        self._registry = registry
+        self._builders = builders
+        self._allow_unverified = allow_unverified
+        self._turns: dict[str, tuple[trio.Lock, int]] = {}
+        self._limit = trio.CapacityLimiter(_AT_ONCE)
+        self._fetched: dict[str, float] = {}
+        self._manifests: dict[Digest, oci.Manifest] = {}
+
+    async def open(self, source: LayerSource) -> OpenedLayer:
+        """Make sure that the layer's index is on disk.
+
+        Raises:
+            NotLazy: it cannot be read lazily; `reason` says why.
+            LazysnapError: or another error, such as an unreachable registry.
+        """
+        if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
+            raise NotLazy("the layer is encrypted", reason="encrypted")
+        promised = _promised(source.annotations)
+        if not promised and not source.complete and source.manifest is not None:
+            source = await self._described(source)
+            if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
+                raise NotLazy("the layer is encrypted", reason="encrypted")
+            promised = _promised(source.annotations)
+        if not promised and not self._allow_unverified:
+            raise NotLazy(
+                "the manifest has no digest of a table of contents for this layer",
+                hint="convert the image to eStargz or zstd:chunked",
+                reason="no-toc-digest",
+            )
+        name = _index_name(source.digest, promised)
+        async with self._alone(name):
+            size = await trio.to_thread.run_sync(_known, self._path(name))
+            if size is None:
+                async with self._limit:
+                    size = await self._build(source, name)
+                if len(self._fetched) >= _REMEMBERED:
+                    self._fetched.clear()
+                self._fetched[name] = time.monotonic()
+        fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
+        annotations = {k: v for k, v in source.annotations.items() if k in _NEEDED}
+        return OpenedLayer(name, size, annotations, fetched)
+
+    @asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        """One task at a time for each name."""
+        lock, users = self._turns.get(name, (trio.Lock(), 0))
+        self._turns[name] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            users = self._turns[name][1] - 1
+            if users:
+                self._turns[name] = lock, users
+            else:
+                del self._turns[name]
+
+    async def _described(self, source: LayerSource) -> LayerSource:
+        """Complete a source from its manifest."""
+        assert source.manifest is not None
+        async with self._alone(source.manifest):
+            manifest = self._manifests.get(source.manifest)
+            if manifest is None:
+                _, data = await self._registry.manifest(source.reference, source.manifest)
+                manifest = oci.parse_manifest(data)
+                if len(self._manifests) >= _MANIFESTS:
+                    self._manifests.clear()
+                self._manifests[source.manifest] = manifest
+        layer = manifest.layer(source.digest)
+        return replace(
+            source,
+            size=layer.size,
+            media_type=layer.media_type,
+            annotations={**(layer.annotations or {}), **source.annotations},
+            complete=True,
+        )
+
+    async def _build(self, source: LayerSource, name: str) -> int:
+        blob = self._registry.blob(source.reference, source.digest, source.size)
+        length = _TAIL_UNKNOWN
+        if source.size is not None:
+            length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)
+        tail = await blob.tail(length)
+        data = tail.data
+        media_type = source.media_type or ""
+        location = identify(data, tail.size, source.annotations, media_type)
+        start = tail.size - len(data)
+        if start - location.offset > _TOC_MOST:
+            raise NotLazy("the layer's table of contents is too large", reason="too-big")
+        if location.offset < start:
+            data = await blob.read(location.offset, start - location.offset) + data
+        job = Job(
+            path=self._path(name),
+            blob_size=tail.size,
+            annotations=dict(source.annotations),
+            media_type=media_type,
+            toc_digest=source.annotations.get(oci.TOC_DIGEST),
+            trusted=self._allow_unverified,
+        )
+        answer = await self._builders.build(job, data)
+        _log.info("layer opened", layer=source.digest, nodes=answer.nodes, bytes=answer.total_size)
+        return tail.size
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+
+def _promised(annotations: Mapping[str, str]) -> str:
+    """What the annotations promise for the table of contents, as one text.
+
+    Its digest alone, which is always checked, if there is one, as some clients hand on only that and
+    all shall find the same index. Else all digests of its frame: only one of them is checked.
+    """
+    if annotations.get(oci.TOC_DIGEST):
+        return annotations[oci.TOC_DIGEST]
+    return ",".join(annotations[name] for name in _PROMISES if annotations.get(name))
+
+
+def _index_name(layer: Digest, promised: str) -> str:
+    return f"{layer.hex}-{hashlib.sha256(promised.encode()).hexdigest()}"
+
+
+def _known(path: str) -> int | None:
+    """The blob size of a layer whose index is there and whole; None otherwise."""
+    if not os.path.exists(path):
+        return None
+    try:
+        size: int = open_index(path).blob_size
+        return size
+    except Internal as error:
+        _log.warning("index is made anew", error=error)
+        return None

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the files of one layer: from the cache, and what is missing through its fetcher.
+
+Knows nothing of FUSE or HTTP.
+
+Invariant: no byte is returned that was not compared with its digest, by this process or before it was
+sealed in the cache. All state is touched on the event loop only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+
+from lazysnap.errors import Internal
+from lazysnap.index.model import FileContent
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.contents import Content, Contents, Parts, Whole
+from lazysnap.layers.fetch import Fetcher
+
+# What was just stored can be evicted, or dropped by another process, before it is read.
+_ATTEMPTS = 4
+
+
+class LayerReader:
+    """Reads one layer.
+
+    Args:
+        index: the layer's index.
+        contents: the process's table of open contents.
+        fetcher: brings what is missing.
+        missed: told the node of a file that a reader has to wait for.
+    """
+
+    def __init__(
+        self,
+        index: LayerIndex,
+        contents: Contents,
+        fetcher: Fetcher,
+        missed: Callable[[int], None] = lambda node: None,
+    ) -> None:
+        self.index = index
+        self.fetcher = fetcher
+        self._contents = contents
+        self._missed = missed
+
+    def read_nowait(self, node: int, offset: int, size: int) -> bytes | memoryview | None:
+        """Read what needs neither the network nor a disk.
+
+        Args:
+            node: a regular file of the index.
+            offset: where to begin, in bytes.
+            size: how many bytes at the most.
+
+        Returns:
+            The bytes, fewer than `size` only at the end of the file; None when it has to wait.
+        """
+        file = self.index.file(node)
+        size = min(size, file.size - offset)
+        if size <= 0:
+            return b""
+        content = self._contents.find(file)
+        if content is None:
+            return None
+        if isinstance(content, Parts):
+            if self._unusable(content, node, file, offset, size):
+                return None
+            self.fetcher.advance(self.index.chunk(self.index.chunk_at(node, offset)).member)
+        return _read_resident(content.fd, offset, size)
+
+    async def read(self, node: int, offset: int, size: int) -> bytes:
+        """Read a range of a file, wherever its bytes are now.
+
+        Arguments and result are those of `read_nowait`.
+
+        Raises:
+            LazysnapError: the bytes cannot be had, or not with the right digest.
+        """
+        file = self.index.file(node)
+        size = min(size, file.size - offset)
+        if size <= 0:
+            return b""
+        for _ in range(_ATTEMPTS):
+            content = await self._open(file)
+            # Other tasks run in between, and may make the table evict it.
+            with self._contents.holding(content):
+                data = await self._attempt(content, node, file, offset, size)
+            if data is not None:
+                return data
+        raise Internal("bytes vanish from the cache as soon as they are stored")
+
+    async def _attempt(
+        self, content: Content | None, node: int, file: FileContent, offset: int, size: int
+    ) -> bytes | None:
+        """Read a range, or see to it that the next attempt can (None)."""
+        chunks = await self._missing(content, node, file, offset, size)
+        if not chunks and content is not None:
+            data = await self._read_disk(content, offset, size)
+            if data is None and isinstance(content, Whole):
+                # Cut off, or on a bad spot of the disk; what others have open they keep.
+                self._contents.forget(file.object_key)
+                self._contents.cache.objects.remove(file.object_key)
+            return data
+        members = sorted({self.index.chunk(i).member for i in chunks})
+        flights = self.fetcher.fetch(members) if members else []
+        if members:
+            self._missed(node)
+        unstored: dict[int, bytes] = {}
+        for flight in flights:
+            await flight.landed.wait()
+            if flight.error is not None:
+                raise flight.error
+            unstored.update(flight.unstored)
+        if unstored or not chunks:
+            return self._assemble(unstored, node, file, offset, size)
+        return None
+
+    def _unusable(
+        self, parts: Parts, node: int, file: FileContent, offset: int, size: int
+    ) -> list[int]:
+        """The chunks of a range that may not be read from the partial file yet."""
+        first = self.index.chunk_at(node, offset) - file.first_chunk
+        last = self.index.chunk_at(node, offset + size - 1) - file.first_chunk
+        if parts.file.usable(first, last):
+            return []
+        return [file.first_chunk + n for n in parts.file.missing(first, last)]
+
+    async def _open(self, file: FileContent) -> Content | None:
+        """The file's content, after a look at what an earlier process left of it."""
+        content = self._contents.find(file)
+        objects = self._contents.cache.objects
+        if content is None and objects.exists(file.object_key, file.size):
+            await trio.to_thread.run_sync(objects.verify, file.object_key)
+            content = self._contents.find(file)
+        if content is None and file.partial_key is not None:
+            content = self._contents.create(self.index, file)
+        return content
+
+    async def _missing(
+        self, content: Content | None, node: int, file: FileContent, offset: int, size: int
+    ) -> list[int]:
+        """The chunks that must be fetched for a range of a file."""
+        if content is None:
+            first = self.index.chunk_at(node, offset)
+            last = self.index.chunk_at(node, offset + size - 1)
+            return [i for i in range(first, last + 1) if self.index.chunk(i).member >= 0]
+        if not isinstance(content, Parts):
+            return []
+        chunks = self._unusable(content, node, file, offset, size)
+        if any(content.file.claimed(i - file.first_chunk) for i in chunks):
+            chunks = await trio.to_thread.run_sync(self._recall, content, file, chunks)
+        return chunks
+
+    def _recall(self, parts: Parts, file: FileContent, chunks: Sequence[int]) -> list[int]:
+        """In a thread: verify what the map claims; returns the chunks that must be fetched."""
+        missing = []
+        for i in chunks:
+            chunk = self.index.chunk(i)
+            number = i - file.first_chunk
+            # What an unverified layer left in the cache cannot be checked, so it is fetched again.
+            if chunk.digest is None or not parts.file.recall(
+                number, chunk.file_offset, chunk.size, chunk.digest
+            ):
+                missing.append(i)
+        return missing
+
+    async def _read_disk(self, content: Content, offset: int, size: int) -> bytes | None:
+        try:
+            data = await trio.to_thread.run_sync(os.pread, content.fd, size, offset)
+        except OSError as error:
+            self._contents.complain(error)
+            return None
+        return data if len(data) == size else None
+
+    def _assemble(
+        self, unstored: Mapping[int, bytes], node: int, file: FileContent, offset: int, size: int
+    ) -> bytes | None:
+        """Put a range together from chunks in memory, holes, and the disk where it has the rest."""
+        first = self.index.chunk_at(node, offset)
+        last = self.index.chunk_at(node, offset + size - 1)
+        result = bytearray(size)
+        for i in range(first, last + 1):
+            chunk = self.index.chunk(i)
+            begin = max(offset, chunk.file_offset)
+            end = min(offset + size, chunk.file_offset + chunk.size)
+            if i in unstored:
+                piece = unstored[i][begin - chunk.file_offset : end - chunk.file_offset]
+            elif chunk.member < 0:
+                continue
+            else:
+                content = self._contents.find(file)
+                if not isinstance(content, Parts) or not content.file.usable(
+                    i - file.first_chunk, i - file.first_chunk
+                ):
+                    return None
+                piece = os.pread(content.fd, end - begin, begin)
+            result[begin - offset : end - offset] = piece
+        return bytes(result) if len(result) == size else None
+
+
+def _read_resident(fd: int, offset: int, size: int) -> bytes | memoryview | None:
+    """Read from the page cache only; None when some of it is not there."""
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            return None
+        # A file system without RWF_NOWAIT.
+        count = os.preadv(fd, [buffer], offset)
+    return memoryview(buffer) if count == size else None

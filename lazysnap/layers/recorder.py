@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes which ranges of a layer's files are read, while images start.
+
+Images share layers, so several starts may be watched at once: each is a *session* of the same recorder,
+known by the time when it began.
+"""
+
+from __future__ import annotations
+
+import time
+
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.profile import Read, coalesce
+
+# A start that reads more often than this is not helped by a profile.
+_MOST = 50_000
+# Who has not come for a session by then never will.
+_EXPIRES_SECONDS = 3600.0
+
+
+class Recorder:
+    """Notes of one layer."""
+
+    def __init__(self) -> None:
+        self._sessions: set[float] = set()
+        self._notes: list[tuple[int, int, int, float]] = []
+
+    def begin(self, since: float) -> None:
+        """Begin a session.
+
+        Args:
+            since: when the start began, by time.monotonic().
+        """
+        expired = time.monotonic() - _EXPIRES_SECONDS
+        self._sessions = {begun for begun in self._sessions if begun > expired}
+        if not self._sessions:
+            self._notes = []
+        self._sessions.add(since)
+
+    def end(self, since: float) -> list[tuple[int, int, int, float]] | None:
+        """End a session.
+
+        Returns:
+            Its notes, for `reads`; None if it is not known.
+        """
+        if since not in self._sessions:
+            return None
+        self._sessions.remove(since)
+        return [note for note in self._notes if note[3] >= since]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody wants the notes."""
+        return not self._sessions
+
+    def note(self, node: int, offset: int, size: int) -> None:
+        """A range of a file is read now.
+
+        Args:
+            node: of the file.
+            offset: in bytes.
+            size: in bytes; may reach beyond the end.
+        """
+        if len(self._notes) < _MOST:
+            self._notes.append((node, offset, size, time.monotonic()))
+
+
+def reads(index: LayerIndex, notes: list[tuple[int, int, int, float]], since: float) -> list[Read]:
+    """What was noted, joined, in the order of time; to be called in a thread.
+
+    Args:
+        index: of the layer.
+        notes: as `Recorder.end` returns them.
+        since: of the session.
+    """
+    found = []
+    paths: dict[int, str] = {}
+    for node, offset, size, when in notes:
+        length = min(size, index.attributes(node).size - offset)
+        if length <= 0:
+            continue
+        path = paths.get(node)
+        if path is None:
+            try:
+                path = paths[node] = index.path(node).decode().strip("/")
+            except UnicodeDecodeError:
+                path = paths[node] = ""
+        if path:  # JSON cannot name the others
+            found.append(Read(path, offset, length, max(0, round((when - since) * 1000))))
+    return coalesce(found)

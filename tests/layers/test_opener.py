@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from lazysnap import oci
+from lazysnap.cache import Cache
+from lazysnap.digest import Digest
+from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError, NotLazy
+from lazysnap.layers.builders import Builders
+from lazysnap.layers.contents import Contents
+from lazysnap.layers.fetch import Fetcher
+from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.reader import LayerReader
+from lazysnap.layers.schedule import Scheduler
+from lazysnap.layers.seeded import SeededSource
+from lazysnap.layers.view import open_index
+from lazysnap.reference import Reference
+from lazysnap.registry.client import Registry
+from lazysnap.registry.hosts import RegistrySettings
+from tests.support import layers
+from tests.support.indexes import resolve
+from tests.support.layers import Layer
+from tests.support.registry import FaultyRegistry, Request, faulty_registry
+
+ENTRIES = [layers.directory("d"), *(layers.file(f"d/{n}", b"%d" % n * 3000) for n in range(50))]
+
+
+class Bench:
+    """An opener and the registry that it asks."""
+
+    def __init__(self, server: FaultyRegistry, opener: Opener, builders: Builders) -> None:
+        self.server = server
+        self.opener = opener
+        self.builders = builders
+        self.registry = opener._registry
+        self.reference = Reference.parse(f"{server.host}/repo:tag")
+
+    def add(self, *made: Layer) -> Digest:
+        """Serve layers; the digest of their manifest."""
+        config = json.dumps({"os": "linux", "architecture": "amd64"}).encode()
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": oci.OCI_MANIFEST,
+            "config": {
+                "mediaType": oci.OCI_CONFIG,
+                "digest": self.server.add_blob(config),
+                "size": len(config),
+            },
+            "layers": [layer.descriptor for layer in made],
+        }
+        for layer in made:
+            self.server.add_blob(layer.blob)
+        data = json.dumps(manifest).encode()
+        return self.server.add_manifest("repo", "tag", oci.OCI_MANIFEST, data)
+
+    def source(self, layer: Layer, **fields: Any) -> LayerSource:
+        return LayerSource(self.reference, Digest.parse(layer.digest), **fields)
+
+    def toc_label(self, layer: Layer) -> Mapping[str, str]:
+        """What containerd's clients hand on of the annotations."""
+        return {oci.TOC_DIGEST: layer.annotations[oci.TOC_DIGEST]}
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    (tmp_path / "index").mkdir()
+    async with faulty_registry() as server, trio.open_nursery() as nursery:
+        settings = RegistrySettings(plain_http_hosts=frozenset({server.host}), retry_seconds=1)
+        async with Registry(settings) as registry:
+            builders = Builders(2)
+            nursery.start_soon(builders.run)
+            yield Bench(server, Opener(str(tmp_path / "index"), registry, builders), builders)
+            nursery.cancel_scope.cancel()
+
+
+def _again(bench: Bench, **options: bool) -> Opener:
+    """As after a restart."""
+    old = bench.opener
+    return Opener(old._directory, old._registry, old._builders, **options)
+
+
+async def test_an_unknown_layer_costs_one_round_trip_and_a_known_one_none(bench: Bench) -> None:
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    source = bench.source(layer, annotations=bench.toc_label(layer))
+    opened = await bench.opener.open(source)
+    assert len(bench.server.log) == 1
+    assert opened.blob_size == layer.size
+    assert opened.fetched
+    assert await _again(bench).open(source) == replace(opened, fetched=False)
+    assert len(bench.server.log) == 1
+    index = open_index(f"{bench.opener._directory}/{opened.index}")
+    assert (index.verified, index.toc_digest) == (True, layer.toc_digest)
+
+
+@pytest.mark.parametrize("size", [5_000, 60_000])
+@pytest.mark.parametrize("form", ["estargz", "zstd"])
+async def test_no_byte_is_fetched_twice(bench: Bench, tmp_path: Path, size: int, form: str) -> None:
+    """Opened, then read to the last byte: all of a small layer, and one longer than its tail."""
+    files = {f"d/{n}": random.Random(n).randbytes(size) for n in range(20)}
+    entries = [layers.directory("d"), *(layers.file(name, data) for name, data in files.items())]
+    layer = layers.estargz(entries) if form == "estargz" else layers.zstd_chunked(entries)
+    bench.add(layer)
+    opened = await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+    index = open_index(f"{bench.opener._directory}/{opened.index}")
+    blob = bench.registry.blob(bench.reference, Digest.parse(layer.digest), layer.size)
+    contents = Contents(Cache(str(tmp_path / "cache")))
+    async with trio.open_nursery() as nursery:
+        path = f"{bench.opener._directory}/{opened.index}"
+        source = SeededSource(blob, path, lambda: fetcher.counters)
+        decoders = trio.CapacityLimiter(2)
+        fetcher = Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer")
+        reader = LayerReader(index, contents, fetcher)
+        for name, data in files.items():
+            assert bytes(await reader.read(resolve(index, name), 0, size)) == data
+        nursery.cancel_scope.cancel()
+    contents.close()
+    asked = sorted(_range(request, layer.size) for request in bench.server.requests(path="/blobs/"))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(asked))
+    tail = layer.size - asked[-1][0]
+    assert (len(asked) == 1) == (layer.size == tail)
+    assert fetcher.counters.requests == len(asked) - 1
+    assert fetcher.counters.bytes_fetched == sum(stop - start for start, stop in asked[:-1])
+
+
+def _range(request: Request, size: int) -> tuple[int, int]:
+    """The bytes of a blob that a request asks for."""
+    first, _, last = (request.range or "").removeprefix("bytes=").partition("-")
+    if not first:
+        return max(size - int(last), 0), size
+    return int(first), int(last) + 1
+
+
+async def test_a_redirect_costs_one_more(bench: Bench) -> None:
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    bench.server.redirect = True
+    await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+    assert [r.server for r in bench.server.log] == ["registry", "storage"]
+
+
+@pytest.mark.parametrize("dialect", ["stargz", "containers"])
+async def test_the_manifest_is_asked_only_when_the_labels_do_not_tell(
+    bench: Bench, dialect: str
+) -> None:
+    layer = layers.zstd_chunked(ENTRIES, dialect=dialect)
+    manifest = bench.add(layer)
+    opened = await bench.opener.open(bench.source(layer, manifest=manifest))
+    assert len(bench.server.requests(path="/manifests/")) == 1
+    assert len(bench.server.requests(path="/blobs/")) == 1
+    # All that was known to the one who opened it is enough to open it without the manifest.
+    known = bench.source(layer, annotations=opened.annotations, complete=True)
+    assert (await _again(bench).open(known)).index == opened.index
+    assert len(bench.server.log) == 2
+
+
+async def test_label_and_manifest_lead_to_the_same_index(bench: Bench) -> None:
+    layer = layers.zstd_chunked(ENTRIES)
+    manifest = bench.add(layer)
+    ahead = await bench.opener.open(bench.source(layer, manifest=manifest))
+    asked = await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+    assert ahead.index == asked.index
+    assert len(bench.server.requests(path="/blobs/")) == 1
+
+
+async def test_many_at_once_ask_once(bench: Bench) -> None:
+    made = [layers.estargz([*ENTRIES, layers.file("n", b"%d" % n)]) for n in range(4)]
+    manifest = bench.add(*made)
+    async with trio.open_nursery() as nursery:
+        for layer in made * 3:
+            nursery.start_soon(bench.opener.open, bench.source(layer, manifest=manifest))
+    assert len(bench.server.requests(path="/manifests/")) == 1
+    assert len(bench.server.requests(path="/blobs/")) == 4
+    assert bench.opener._turns == {}
+
+
+async def test_a_large_table_of_contents_takes_two(bench: Bench) -> None:
+    entries = [layers.file(f"{n:05}", b"%d" % n) for n in range(9_000)]
+    layer = layers.estargz(entries, edit=lambda toc: toc.update(padding="%x" % (7**400_000)))
+    assert layer.size - layer.toc_offset > 300_000
+    bench.add(layer)
+    opened = await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+    assert len(bench.server.log) == 2
+    assert open_index(f"{bench.opener._directory}/{opened.index}").node_count == 9_001
+
+
+async def _reason(bench: Bench, source: LayerSource) -> str:
+    with pytest.raises(LazysnapError) as caught:
+        await bench.opener.open(source)
+    assert list(Path(bench.opener._directory).iterdir()) == []
+    assert bench.opener._turns == {}
+    return caught.value.reason
+
+
+async def test_what_cannot_be_lazy_says_why(bench: Bench) -> None:
+    good, plain = layers.estargz(ENTRIES), layers.plain(ENTRIES)
+    legacy = layers.estargz(ENTRIES, legacy=True)
+    encrypted = replace(good, media_type=good.media_type + "+encrypted")
+    manifest = bench.add(good, plain, legacy)
+    wrong = {oci.TOC_DIGEST: str(Digest.of(b"another"))}
+    assert await _reason(bench, bench.source(good)) == "no-toc-digest"
+    assert await _reason(bench, bench.source(plain, manifest=manifest)) == "no-toc-digest"
+    assert await _reason(bench, bench.source(legacy, manifest=manifest)) == "no-toc-digest"
+    assert await _reason(bench, bench.source(plain, annotations=wrong)) == "no-toc"
+    assert await _reason(bench, bench.source(good, annotations=wrong)) == "digest-mismatch"
+    known = bench.source(good, media_type=encrypted.media_type)
+    assert await _reason(bench, known) == "encrypted"
+    manifest = bench.add(replace(encrypted, annotations={}))
+    assert await _reason(bench, bench.source(good, manifest=manifest)) == "encrypted"
+
+
+async def test_a_promise_of_another_manifest_opens_nothing(bench: Bench) -> None:
+    """The blob's digest alone must not lead to an index that somebody else's promise made."""
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+    wrong = {oci.TOC_DIGEST: str(Digest.of(b"another"))}
+    with pytest.raises(DigestMismatch):
+        await bench.opener.open(bench.source(layer, annotations=wrong))
+
+
+async def test_unverified_layers_only_if_allowed_and_not_later(bench: Bench) -> None:
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    opener = _again(bench, allow_unverified=True)
+    opened = await opener.open(bench.source(layer))
+    assert not open_index(f"{bench.opener._directory}/{opened.index}").verified
+    with pytest.raises(NotLazy):
+        await bench.opener.open(bench.source(layer))
+
+
+async def test_a_damaged_index_is_made_anew(bench: Bench) -> None:
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    source = bench.source(layer, annotations=bench.toc_label(layer))
+    path = Path(bench.opener._directory, (await bench.opener.open(source)).index)
+    good = path.read_bytes()
+    for damaged in (b"", good[:-1], good[:500] + b"x" + good[501:]):
+        path.write_bytes(damaged)
+        await bench.opener.open(source)
+        assert path.read_bytes() == good
+
+
+# Builders that misbehave.
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "reason"),
+    [
+        ("import time; time.sleep(60)", FormatError, "too-big"),
+        ("import os; os.kill(os.getpid(), 9)", FormatError, "too-big"),
+        ("raise SystemExit(3)", Internal, "internal"),
+        ("print('garbage!' * 10)", Internal, "internal"),
+        (r"import sys; sys.stdout.buffer.write(b'\0\0\0\1\xc1')", Internal, "internal"),
+        (r"import sys; sys.stdout.buffer.write(b'\xff' * 2000000)", Internal, "internal"),
+        (r"import sys; sys.stdout.buffer.write(b'\0\0\0\2\x91\1')", Internal, "internal"),
+    ],
+    ids=["hangs", "killed", "ends", "prints", "not msgpack", "endless", "no answer"],
+)
+async def test_a_builder_that_misbehaves_is_replaced(
+    bench: Bench, program: str, error: type[LazysnapError], reason: str
+) -> None:
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    source = bench.source(layer, annotations=bench.toc_label(layer))
+    right = bench.builders.command
+    bench.builders.command = [sys.executable, "-c", program]
+    bench.builders.seconds = 0.5
+    with trio.fail_after(10):
+        with pytest.raises(error) as caught:
+            await bench.opener.open(source)
+        assert caught.value.reason == reason
+        bench.builders.command = right
+        bench.builders.seconds = 30
+        await bench.opener.open(source)
+
+
+async def test_a_builder_that_died_idle_is_replaced(bench: Bench) -> None:
+    for n in range(2):
+        layer = layers.estargz([layers.file("f", b"%d" % n)])
+        bench.add(layer)
+        await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
+        (process, _) = bench.builders._idle[0]
+        process.kill()
+        await process.wait()
+
+
+async def test_a_bomb_is_refused_in_time(bench: Bench) -> None:
+    """A table of contents of many gigabytes, of which a few megabytes are on the wire."""
+    packed = layers._gzip(bytes(300 << 20))
+    blob = packed + layers.estargz_footer(0)
+    layer = Layer(blob, layers.TAR + "+gzip", {}, b"")
+    bench.server.add_blob(blob)
+    label = {oci.TOC_DIGEST: str(Digest.of(b"whatever"))}
+    with trio.fail_after(20):
+        assert await _reason(bench, bench.source(layer, annotations=label)) == "invalid-format"

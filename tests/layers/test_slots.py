@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lazysnap.errors import Internal, NotFound
+from lazysnap.layers.slots import (
+    Inherited,
+    SlotRecord,
+    list_slots,
+    read_slot,
+    remove_slot,
+    write_slot,
+)
+
+RECORD = SlotRecord(
+    slot=7,
+    shard=1,
+    layer_digest="sha256:" + "0" * 64,
+    index="name",
+    reference="host/repo:tag",
+    blob_size=1 << 40,
+    inherited=[Inherited(3, 0o755, 1, 2, 4, [(b"user.\xff", b"\0")])],
+    annotations={"a": "b"},
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_slot(str(tmp_path), RECORD)
+    assert read_slot(str(tmp_path), 7) == RECORD
+    assert list_slots(str(tmp_path)) == [7]
+    remove_slot(str(tmp_path), 7)
+    remove_slot(str(tmp_path), 7)
+    assert list_slots(str(tmp_path)) == []
+    with pytest.raises(NotFound):
+        read_slot(str(tmp_path), 7)
+
+
+def test_damaged_and_foreign_records_are_errors(tmp_path: Path) -> None:
+    write_slot(str(tmp_path), RECORD)
+    path = tmp_path / "slots" / "7"
+    good = path.read_bytes()
+    for wrong in (b"", good[:-3], b"\x80", b"\x01", good.replace(b"slot\x07", b"slot\x08")):
+        path.write_bytes(wrong)
+        with pytest.raises(Internal, match="slots/7"):
+            read_slot(str(tmp_path), 7)
+
+
+def test_a_disk_that_refuses_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slots" / "7").mkdir(parents=True)  # cannot be replaced by a file
+    with pytest.raises(Internal):
+        write_slot(str(tmp_path), RECORD)
+    assert [p.name for p in (tmp_path / "slots").iterdir()] == ["7"]
+    with pytest.raises(Internal):
+        remove_slot(str(tmp_path), 7)
