@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a layer's content can be had: from the cache, or if need be from its registry.
+
+The network is asked only when the cache does not have everything and no bytes came lately. Knows no
+slots and no control socket.
+"""
+
+from __future__ import annotations
+
+import time
+
+import trio
+
+from lazysnap.cache import Cache
+from lazysnap.errors import LazysnapError
+from lazysnap.layers.local import is_complete, is_empty
+from lazysnap.registry.blob import RemoteBlob
+from lazysnap.shard.mounted import MountedLayer
+from lazysnap.shard.settings import ShardSettings
+
+# After a failed probe the next one is not tried at once: a start asks for many layers in a row.
+_PROBE_FAILED_SECONDS = 5.0
+
+
+class LayerHealth:
+    """What was found out about the layers of a process, by the names of their indexes.
+
+    Args:
+        cache: of the process.
+        settings: how long probes take, and are valid.
+    """
+
+    def __init__(self, cache: Cache, settings: ShardSettings) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._complete: dict[str, int] = {}
+        self._probe_failed: dict[str, tuple[float, str]] = {}
+
+    def forget(self, name: str) -> None:
+        """Let go of a layer that is shown no more."""
+        self._complete.pop(name, None)
+        self._probe_failed.pop(name, None)
+
+    async def look(self, layer: MountedLayer, blob: RemoteBlob) -> tuple[str, str]:
+        """State and detail of a layer.
+
+        `local`: all content is in the cache; `reachable`: the rest can be fetched; `degraded`: the
+        rest cannot be fetched now; `unreachable`: likewise, and nothing is in the cache.
+
+        Args:
+            layer: loaded.
+            blob: of the layer.
+        """
+        name = layer.record.index
+        now = time.monotonic()
+        generation = self._cache.objects.generation()
+        if self._complete.get(name) == generation:
+            return "local", ""
+        success = blob.last_success
+        if success is not None and now - success < self._settings.probe_valid_seconds:
+            return "reachable", ""
+        if await trio.to_thread.run_sync(is_complete, layer.index, self._cache):
+            self._complete[name] = generation
+            return "local", ""
+        problem = await self._probe(name, blob)
+        if not problem:
+            return "reachable", ""
+        if await trio.to_thread.run_sync(is_empty, layer.index, self._cache):
+            return "unreachable", f"nothing of the layer is local, and {problem}"
+        return "degraded", problem
+
+    async def _probe(self, name: str, blob: RemoteBlob) -> str:
+        """Why bytes of a layer cannot be had now; empty if they can."""
+        when, problem = self._probe_failed.get(name, (0.0, ""))
+        if problem and time.monotonic() - when < _PROBE_FAILED_SECONDS:
+            return problem
+        try:
+            await blob.probe(self._settings.probe_seconds)
+        except LazysnapError as error:
+            self._probe_failed[name] = time.monotonic(), str(error)
+            return str(error)
+        self._probe_failed.pop(name, None)
+        return ""

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that a shard serves, by slot; loaded from disk when they are first asked for.
+
+Two slots of the same layer share its index and its reader. Knows nothing of FUSE.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from lazysnap.errors import Internal
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.reader import LayerReader
+from lazysnap.layers.recorder import Recorder
+from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
+from lazysnap.layers.view import LayerView, open_index
+
+
+class MountedLayer(LayerView):
+    """A layer as one slot shows it, with its bytes.
+
+    Args:
+        record: what the slot serves.
+        reader: reads the layer's files; shared by all slots of the layer.
+    """
+
+    def __init__(self, record: SlotRecord, reader: LayerReader) -> None:
+        super().__init__(record, reader.index)
+        self.reader = reader
+        self.recorder: Recorder | None = None
+        self.base = record.slot << 32 | 1
+
+
+class MountedLayers:
+    """All layers of a shard.
+
+    Args:
+        root: lazysnap's root directory.
+        shard: number of this shard; slots of others are refused.
+        make_reader: makes the reader of a layer that is seen for the first time.
+    """
+
+    def __init__(
+        self, root: str, shard: int, make_reader: Callable[[SlotRecord, LayerIndex], LayerReader]
+    ) -> None:
+        self.root = root
+        self.shard = shard
+        self._make_reader = make_reader
+        self._by_slot: dict[int, MountedLayer] = {}
+        self._readers: dict[str, LayerReader] = {}
+        self._loading: dict[int, trio.Lock] = {}
+
+    def get(self, slot: int) -> MountedLayer | None:
+        """The layer of a slot, if it is loaded."""
+        return self._by_slot.get(slot)
+
+    def slots(self) -> list[int]:
+        """The slots of this shard that have a record on disk."""
+        return list_slots(self.root)
+
+    def slots_loaded(self) -> list[int]:
+        """The slots that are loaded."""
+        return list(self._by_slot)
+
+    async def load(self, slot: int) -> MountedLayer:
+        """The layer of a slot, loaded now if it is not yet.
+
+        Raises:
+            NotFound: nothing is attached to the slot.
+            Internal: its record or its index cannot be used.
+        """
+        found = self._by_slot.get(slot)
+        if found is not None:
+            return found
+        lock = self._loading.setdefault(slot, trio.Lock())
+        try:
+            async with lock:
+                if slot not in self._by_slot:
+                    self._by_slot[slot] = await self._load(slot)
+                return self._by_slot[slot]
+        finally:
+            if not lock.statistics().tasks_waiting:
+                self._loading.pop(slot, None)
+
+    async def _load(self, slot: int) -> MountedLayer:
+        record = read_slot(self.root, slot)
+        if record.shard != self.shard:
+            raise Internal(f"slot {slot} belongs to shard {record.shard}")
+        reader = self._readers.get(record.index)
+        if reader is None:
+            path = os.path.join(self.root, "cache", "index", record.index)
+            index = await trio.to_thread.run_sync(open_index, path)
+            reader = self._readers.setdefault(record.index, self._make_reader(record, index))
+        return MountedLayer(record, reader)
+
+    def forget(self, slot: int) -> None:
+        """Let go of a slot, and of its layer when no other slot shows it."""
+        gone = self._by_slot.pop(slot, None)
+        if gone is None:
+            return
+        if not self.uses(gone.record.index):
+            self._readers.pop(gone.record.index, None)
+
+    def uses(self, index: str) -> bool:
+        """Whether a loaded slot shows the layer with this index."""
+        return any(layer.record.index == index for layer in self._by_slot.values())

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FUSE requests of a shard: look up, answer, turn an error into an errno; nothing else.
+
+An inode number is `slot << 32 | node + 1`, so that any worker can answer for what an earlier one told
+the kernel; slot 0 is the root of the mount. A file handle is the inode number. Nothing ever changes, so
+the kernel may keep entries (also of what does not exist), attributes and pages for ever.
+
+Invariant: no handler lets anything but FUSEError out, as that would end the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
+
+from lazysnap import log
+from lazysnap.errors import LazysnapError, NotFound
+from lazysnap.shard.mounted import MountedLayer, MountedLayers
+
+_log = log.get(__name__)
+_FOR_EVER = 10 * 365 * 86400.0
+_NODE_MASK = (1 << 32) - 1
+_DOTS = 2
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inode_of(slot: int, node: int) -> int:
+    """The inode number of a node in the layer of a slot."""
+    return slot << 32 | node + 1
+
+
+class Activity:
+    """What the kernel has asked for lately.
+
+    Attributes:
+        counts: requests by kind, since the worker was started.
+        last: when the last request came, by time.monotonic().
+    """
+
+    __slots__ = ("counts", "last")
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.last = float("-inf")
+
+
+activity = Activity()
+"""Of this process, which serves one mount and no other."""
+
+
+def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Count requests, and let nothing but FUSEError out of a handler."""
+    name = handler.__name__
+
+    @functools.wraps(handler)
+    async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        activity.counts[name] += 1
+        activity.last = time.monotonic()
+        try:
+            return await handler(*args, **kwargs)
+        except FUSEError:
+            raise
+        except LazysnapError as error:
+            raise FUSEError(error.errno) from error
+        except Exception as error:  # an edge: one bad request must not take the mount away
+            _log.exception("request failed", request=name)
+            raise FUSEError(errno.EIO) from error
+
+    return guarded
+
+
+class Operations:
+    """Handlers for pyfuse3.
+
+    Args:
+        layers: what is mounted here.
+        root: lazysnap's root directory, whose file system `statfs` reports.
+        xattrs: whether any layer here has extended attributes.
+    """
+
+    NAMES = (
+        "lookup", "getattr", "readlink", "opendir", "readdir", "releasedir", "open", "read",
+        "release", "getxattr", "listxattr", "statfs", "forget", "access",
+    )  # fmt: skip
+
+    def __init__(self, layers: MountedLayers, root: str, *, xattrs: bool) -> None:
+        self.layers = layers
+        self.xattrs = xattrs
+        self.root = root
+        # pyfuse3 copies from them while it answers, before the next handler can run.
+        self._absent = EntryAttributes()
+        self._absent.st_ino = 0
+        self._absent.entry_timeout = _FOR_EVER
+
+    def install(self, target: pyfuse3.Operations) -> None:
+        """Put these handlers into the object that pyfuse3 calls."""
+        for name in self.NAMES:
+            setattr(target, name, getattr(self, name))
+
+    async def _layer(self, inode: int) -> tuple[MountedLayer, int]:
+        slot = inode >> 32
+        layer = self.layers.get(slot)
+        if layer is None:
+            try:
+                layer = await self.layers.load(slot)
+            except NotFound as error:
+                raise FUSEError(errno.ESTALE) from error
+        return layer, (inode & _NODE_MASK) - 1
+
+    @_guarded
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Look a name up in a directory."""
+        if parent == pyfuse3.ROOT_INODE:
+            return await self._lookup_slot(name)
+        layer, node = await self._layer(parent)
+        child = layer.index.lookup(node, name)
+        if child < 0:
+            return self._absent
+        return _entry(layer, child)
+
+    async def _lookup_slot(self, name: bytes) -> EntryAttributes:
+        # No cached "absent": the slot may be attached in the next moment.
+        if not name.isdigit() or name.startswith(b"0"):
+            raise FUSEError(errno.ENOENT)
+        try:
+            layer = await self.layers.load(int(name))
+        except NotFound as error:
+            raise FUSEError(errno.ENOENT) from error
+        return _entry(layer, 0)
+
+    @_guarded
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Attributes of an inode."""
+        if inode == pyfuse3.ROOT_INODE:
+            return _root_entry()
+        layer, node = await self._layer(inode)
+        return _entry(layer, node)
+
+    @_guarded
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Target of a symbolic link."""
+        layer, node = await self._layer(inode)
+        return layer.index.readlink(node)
+
+    @_guarded
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open a directory."""
+        return inode
+
+    @_guarded
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        """List a directory from a position on: `.`, `..`, then the children by name."""
+        if fh == pyfuse3.ROOT_INODE:
+            await self._list_slots(start_id, token)
+            return
+        layer, node = await self._layer(fh)
+        index = layer.index
+        position = start_id
+        while position < _DOTS:
+            which = node if position == 0 else index.parent(node)
+            position += 1
+            if not pyfuse3.readdir_reply(token, b"." * position, _entry(layer, which), position):
+                return
+        for at, name, child in index.children(node, position - _DOTS):
+            if not pyfuse3.readdir_reply(token, name, _entry(layer, child), at + 1 + _DOTS):
+                return
+
+    async def _list_slots(self, start: int, token: Any) -> None:
+        for slot in self.layers.slots():
+            if slot > start:
+                try:
+                    entry = _entry(await self.layers.load(slot), 0)
+                except LazysnapError:
+                    continue
+                if not pyfuse3.readdir_reply(token, b"%d" % slot, entry, slot):
+                    return
+
+    @_guarded
+    async def releasedir(self, fh: int) -> None:
+        """Close a directory."""
+
+    @_guarded
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file; its pages may stay in the kernel's cache."""
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+            raise FUSEError(errno.EROFS)
+        return FileInfo(fh=inode, keep_cache=True)
+
+    @_guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:
+        """Read from a file; short only at its end."""
+        layer, node = await self._layer(fh)
+        if layer.recorder is not None:
+            layer.recorder.note(node, off, size)
+        data = layer.reader.read_nowait(node, off, size)
+        if data is None:
+            data = await layer.reader.read(node, off, size)
+        return data
+
+    @_guarded
+    async def release(self, fh: int) -> None:
+        """Close a file."""
+
+    @_guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """One extended attribute.
+
+        ENOSYS switches them off for the whole mount, for good, which is wanted where there are none.
+        """
+        if not self.xattrs:
+            raise FUSEError(errno.ENOSYS)
+        if inode != pyfuse3.ROOT_INODE:
+            layer, node = await self._layer(inode)
+            for key, value in layer.xattrs(node):
+                if key == name:
+                    return value
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    @_guarded
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        """Names of the extended attributes."""
+        if inode == pyfuse3.ROOT_INODE:
+            return []
+        layer, node = await self._layer(inode)
+        return [key for key, _ in layer.xattrs(node)]
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Numbers of the file system that the cache is on, which is what fills up."""
+        real = os.statvfs(self.root)
+        answer = StatvfsData()
+        for field in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files"):
+            setattr(answer, field, getattr(real, field))
+        answer.f_ffree = real.f_ffree
+        answer.f_favail = real.f_favail
+        answer.f_namemax = 255
+        return answer
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: inode numbers are computed."""
+
+    @_guarded
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Not called, as the kernel checks (`default_permissions`)."""
+        return True
+
+
+def _entry(layer: MountedLayer, node: int) -> EntryAttributes:
+    attributes = layer.attributes(node)
+    entry = EntryAttributes()
+    entry.st_ino = layer.base + node
+    entry.entry_timeout = _FOR_EVER
+    entry.attr_timeout = _FOR_EVER
+    entry.st_mode = attributes.mode
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = attributes.uid
+    entry.st_gid = attributes.gid
+    entry.st_rdev = attributes.rdev
+    entry.st_size = attributes.size
+    entry.st_blocks = (attributes.size + 511) >> 9
+    entry.st_mtime_ns = attributes.mtime_ns
+    entry.st_ctime_ns = attributes.mtime_ns
+    entry.st_atime_ns = attributes.mtime_ns
+    return entry
+
+
+def _root_entry() -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = pyfuse3.ROOT_INODE
+    entry.st_mode = stat.S_IFDIR | 0o755
+    entry.st_nlink = 2
+    return entry

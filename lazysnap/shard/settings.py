@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of workers: written by the daemon, read by each worker when it starts."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from lazysnap.cache.eviction import CacheLimits
+from lazysnap.errors import Internal
+from lazysnap.layers.schedule import Limits
+from lazysnap.registry.hosts import RegistrySettings
+
+FIRST_XATTR_SHARD = 64
+"""Shards from this number on serve extended attributes; those below answer that there are none.
+
+overlay asks for an attribute at each look-up, and the kernel remembers only one answer: that a whole
+mount has none (ENOSYS). Most layers have none, and reading their trees takes a third of the time then.
+"""
+
+
+class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker has to know beside its slots.
+
+    Attributes:
+        registry: of the registry client.
+        cache: limits of the cache.
+        log_level: debug, info, warning or error.
+        max_requests: FUSE requests that are worked on at once.
+        limits: on connections and bytes per second.
+        background: fetch all of each layer when there is nothing more urgent.
+        background_delay_seconds: how long after a layer was mounted that begins.
+        decode_threads: threads that decompress and verify.
+        seal_seconds: time between two syncs of the cache.
+        probe_seconds: longest time for a reachability check of a registry.
+        probe_valid_seconds: for how long a success makes another check needless.
+    """
+
+    registry: RegistrySettings = RegistrySettings()
+    cache: CacheLimits = CacheLimits()
+    log_level: str = "info"
+    max_requests: int = 128
+    limits: Limits = Limits()
+    background: bool = True
+    background_delay_seconds: float = 10.0
+    decode_threads: int = 4
+    seal_seconds: float = 5.0
+    probe_seconds: float = 1.5
+    probe_valid_seconds: float = 60.0
+
+
+def _path(root: str) -> str:
+    return os.path.join(root, "shards", "settings")
+
+
+def write_settings(root: str, settings: ShardSettings) -> None:
+    """Store the settings for workers that start from now on.
+
+    Raises:
+        Internal: the disk refuses.
+    """
+    path = _path(root)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+        with open(f"{path}.new", "wb") as file:
+            file.write(msgspec.msgpack.encode(settings))
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise Internal(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_settings(root: str) -> ShardSettings:
+    """The stored settings; defaults where there are none or they cannot be read."""
+    try:
+        with open(_path(root), "rb") as file:
+            return msgspec.msgpack.decode(file.read(), type=ShardSettings)
+    except (OSError, msgspec.MsgspecError):
+        return ShardSettings()

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker of a shard: serves the FUSE session that the keeper holds, until it is told to end.
+
+Forked by the keeper (see there). It may be killed at any moment: all it knows is on disk, and the
+next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
+
+- `ping()` who serves
+- `attach(slot, reads)` make sure that a slot can be served, and fetch ahead what a profile names;
+  may be called again
+- `detach(slots)` let go of slots whose records are gone
+- `health(slots)` whether each can be used, and why not
+- `status(slots)` numbers for people
+- `record(slots, since)` begin to note what is read
+- `recorded(slots, since)` end it, and tell what was read
+- `restart()` end, so that the keeper starts a worker of the release that is on disk now
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import stat
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pyfuse3
+import trio
+
+import lazysnap
+from lazysnap import channel, log
+from lazysnap.cache import Cache
+from lazysnap.cache.eviction import Evictor
+from lazysnap.digest import Digest
+from lazysnap.errors import FailedPrecondition, LazysnapError
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.ahead import Ahead
+from lazysnap.layers.contents import Contents
+from lazysnap.layers.fetch import Fetcher, Plan
+from lazysnap.layers.guess import Guesser
+from lazysnap.layers.local import local_share
+from lazysnap.layers.profile import Read, landmark_plan
+from lazysnap.layers.profile import plan as make_plan
+from lazysnap.layers.reader import LayerReader
+from lazysnap.layers.recorder import Recorder
+from lazysnap.layers.recorder import reads as reads_of
+from lazysnap.layers.schedule import Priority, Scheduler
+from lazysnap.layers.seeded import SeededSource
+from lazysnap.layers.slots import SlotRecord
+from lazysnap.layers.upkeep import keep_within_limits
+from lazysnap.reference import Reference
+from lazysnap.registry.blob import RemoteBlob
+from lazysnap.registry.client import Registry
+from lazysnap.shard import memory
+from lazysnap.shard.health import LayerHealth
+from lazysnap.shard.mounted import MountedLayer, MountedLayers
+from lazysnap.shard.operations import Operations, activity
+from lazysnap.shard.settings import FIRST_XATTR_SHARD, ShardSettings, read_settings
+
+_log = log.get(__name__)
+EXIT_UNMOUNTED = 0
+EXIT_RESTART = 75
+# The background waits for such a pause between requests of the kernel, but only so long.
+_QUIET_SECONDS = 0.5
+_QUIET_MOST_SECONDS = 3.0
+_DESCRIPTORS = 1 << 16
+
+
+class Worker:
+    """One worker.
+
+    Args:
+        root: lazysnap's root directory.
+        number: of the shard.
+        settings: what the daemon wrote.
+        registry: client for blobs.
+        nursery: where fetching happens.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        number: int,
+        settings: ShardSettings,
+        registry: Registry,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.root = root
+        self.number = number
+        self.settings = settings
+        self.cache = Cache(os.path.join(root, "cache"))
+        self.evictor = Evictor(self.cache, settings.cache)
+        self.contents = Contents(self.cache, evictor=self.evictor)
+        self.layers = MountedLayers(root, number, self._make_reader)
+        self.scheduler = Scheduler(settings.limits)
+        self.ahead = Ahead(self.scheduler, nursery, _quiet)
+        self.restarting = trio.CancelScope()
+        self._registry = registry
+        self._nursery = nursery
+        self._decoders = trio.CapacityLimiter(settings.decode_threads)
+        self._blobs: dict[str, RemoteBlob] = {}
+        self._health = LayerHealth(self.cache, settings)
+        self._started = time.monotonic()
+
+    def _make_reader(self, record: SlotRecord, index: LayerIndex) -> LayerReader:
+        reference = Reference.parse(record.reference)
+        digest = Digest.parse(record.layer_digest)
+        blob = self._registry.blob(reference, digest, record.blob_size)
+        self._blobs[record.index] = blob
+        fetcher = Fetcher(
+            index,
+            SeededSource(blob, f"{self.cache.index}/{record.index}", lambda: fetcher.counters),
+            self.contents,
+            self._nursery,
+            self._decoders,
+            self.scheduler,
+            reference.host,
+            record.layer_digest,
+        )
+        guesser = Guesser(index, lambda plan: self.ahead.add(fetcher, plan, Priority.PREFETCH))
+        return LayerReader(index, self.contents, fetcher, guesser.missed)
+
+    def handlers(self) -> dict[str, channel.Handler]:
+        """The calls of the control socket."""
+        names = ("ping", "attach", "detach", "health", "status", "record", "recorded", "restart")
+        return {name: getattr(self, name) for name in names}
+
+    async def ping(self) -> dict[str, Any]:
+        """Who serves this shard."""
+        return {
+            "pid": os.getpid(),
+            "keeper": os.getppid(),
+            "version": lazysnap.__version__,
+            "shard": self.number,
+            "uptime_seconds": time.monotonic() - self._started,
+            "requests": dict(activity.counts),
+        }
+
+    async def attach(
+        self, slot: int, reads: Sequence[Any] = (), reachable: bool = False
+    ) -> dict[str, Any]:
+        """Load a slot, so that errors show now and not to a reader, and begin to fetch ahead.
+
+        Args:
+            slot: whose record is on disk.
+            reads: of a profile, as in `profile.Read`; without them the layer's landmark counts.
+            reachable: the caller has just read from the blob, so it need not be probed soon.
+        """
+        layer = await self.layers.load(slot)
+        if reachable:
+            self._blobs[layer.record.index].note_success()
+        # The caller need not wait until a long profile has been understood.
+        self._nursery.start_soon(self._prefetch, layer, reads)
+        self._fetch_all(layer)
+        return {"nodes": layer.index.node_count}
+
+    async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any]) -> None:
+        """Fetch what is needed first; wrong advice changes nothing."""
+        try:
+            if reads:
+                wanted = msgspec.convert(reads, list[Read])
+                plan = await trio.to_thread.run_sync(make_plan, layer.index, wanted)
+            else:
+                plan = landmark_plan(layer.index) or Plan(())
+        except (LazysnapError, msgspec.ValidationError) as error:
+            _log.warning("nothing is prefetched", layer=layer.record.layer_digest, error=error)
+            return
+        if self.layers.get(layer.record.slot) is layer:
+            self.ahead.add(layer.reader.fetcher, plan, Priority.PREFETCH)
+
+    def _fetch_all(self, layer: MountedLayer) -> None:
+        """Fetch the whole layer when nothing else is to be done, if that is wanted."""
+        fetcher = layer.reader.fetcher
+        if self.settings.background and not self.ahead.has(fetcher, Priority.BACKGROUND):
+            everything = Plan(range(layer.index.member_count))
+            delay = self.settings.background_delay_seconds
+            self.ahead.add(fetcher, everything, Priority.BACKGROUND, delay_seconds=delay)
+
+    async def resume(self) -> None:
+        """Go on with what an earlier worker had not fetched yet."""
+        if not self.settings.background:
+            return
+        for slot in self.layers.slots():
+            try:
+                self._fetch_all(await self.layers.load(slot))
+            except LazysnapError as error:
+                _log.debug("slot not resumed", slot=slot, error=error)
+            except Exception:  # one bad layer must not end the worker, again and again
+                _log.exception("slot not resumed", slot=slot)
+
+    async def detach(self, slots: Sequence[int], reload: bool = False) -> None:
+        """Let go of slots.
+
+        Args:
+            slots: which.
+            reload: they are loaded again when they are asked for. Their directories stay what they
+                are, as the kernel cannot bind a directory that it was told to forget.
+        """
+        for slot in slots:
+            gone = self.layers.get(slot)
+            self.layers.forget(slot)
+            if gone is not None and not self.layers.uses(gone.record.index):
+                self.ahead.drop(gone.reader.fetcher)
+                self._blobs.pop(gone.record.index, None)
+                self._health.forget(gone.record.index)
+            if not reload:
+                pyfuse3.invalidate_entry_async(
+                    pyfuse3.ROOT_INODE, b"%d" % slot, deleted=0, ignore_enoent=True
+                )
+
+    async def health(self, slots: Sequence[int]) -> dict[int, dict[str, str]]:
+        """State and detail of slots: those of `LayerHealth.look`, or `failed`.
+
+        `failed`: not even the tree can be served.
+        """
+        result: dict[int, dict[str, str]] = {}
+
+        async def look(slot: int) -> None:
+            try:
+                layer = await self.layers.load(slot)
+                state, detail = await self._health.look(layer, self._blobs[layer.record.index])
+            except LazysnapError as error:
+                state, detail = "failed", str(error)
+            except Exception as error:  # one bad layer must not hide the state of the others
+                _log.exception("health of a layer cannot be told", slot=slot)
+                state, detail = "failed", repr(error)
+            result[slot] = {"state": state, "detail": detail}
+
+        async with trio.open_nursery() as nursery:
+            for slot in slots:
+                nursery.start_soon(look, slot)
+        return result
+
+    async def status(self, slots: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Numbers of slots, or of all that are loaded."""
+        chosen = self.layers.slots_loaded() if slots is None else slots
+        layers = [await self.layers.load(slot) for slot in chosen]
+        return [await self._status(layer) for layer in layers]
+
+    async def _status(self, layer: MountedLayer) -> dict[str, Any]:
+        share = await trio.to_thread.run_sync(local_share, layer.index, self.cache)
+        counters = layer.reader.fetcher.counters
+        return {
+            "slot": layer.record.slot,
+            "shard": self.number,
+            "layer": layer.record.layer_digest,
+            "reference": layer.record.reference,
+            "blob_bytes": layer.record.blob_size,
+            "files": share.all_files,
+            "local_files": share.files,
+            "bytes": layer.index.total_size,
+            "local_bytes": share.bytes,
+            "requests": counters.requests,
+            "fetched_bytes": counters.bytes_fetched,
+            "errors": counters.errors,
+            "last_error": counters.last_error,
+        }
+
+    async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
+        """Begin to note what is read.
+
+        Args:
+            slots: of the image.
+            since: when the start began, by the machine's monotonic clock.
+            fresh: have the kernel forget the pages it has, as reading them would not be seen.
+        """
+        for slot in slots:
+            layer = await self.layers.load(slot)
+            if fresh:
+                await trio.to_thread.run_sync(_drop_pages, layer)
+            if layer.recorder is None:
+                layer.recorder = Recorder()
+            layer.recorder.begin(since)
+
+    async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
+        """End `record`; what was read, by layer digest.
+
+        Args:
+            slots: of the image.
+            since: as it was given to `record`.
+
+        Raises:
+            FailedPrecondition: some of the slots were not recorded to the end.
+        """
+        found: dict[str, list[Any]] = {}
+        lost = False
+        for slot in slots:
+            layer = self.layers.get(slot)
+            recorder = None if layer is None else layer.recorder
+            notes = None if recorder is None else recorder.end(since)
+            if layer is None or recorder is None or notes is None:
+                lost = True
+                continue
+            if recorder.idle:
+                layer.recorder = None
+            joined = await trio.to_thread.run_sync(reads_of, layer.index, notes, since)
+            found.setdefault(layer.record.layer_digest, []).extend(msgspec.to_builtins(joined))
+        if lost:
+            raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")
+        return found
+
+    async def restart(self) -> None:
+        """End soon; the keeper starts another worker."""
+
+        async def later() -> None:
+            await trio.sleep(0.05)  # until the answer to this call is out
+            self.restarting.cancel()
+
+        self._nursery.start_soon(later)
+
+    async def seal(self) -> None:
+        """Sync and seal what was stored, every few seconds, for ever."""
+        while True:
+            await trio.sleep(self.settings.seal_seconds)
+            try:
+                if await trio.to_thread.run_sync(self.cache.objects.seal):
+                    await trio.to_thread.run_sync(memory.give_back)
+            except LazysnapError as error:
+                _log.error("cache not synced", error=error)
+
+
+async def _quiet() -> None:
+    """Wait until the kernel has asked for nothing for a moment, but not for ever.
+
+    Decompressing shares this process with all requests, also those that the cache answers.
+    """
+    with trio.move_on_after(_QUIET_MOST_SECONDS):
+        while time.monotonic() - activity.last < _QUIET_SECONDS:
+            await trio.sleep(_QUIET_SECONDS / 4)
+
+
+def _drop_pages(layer: MountedLayer) -> None:
+    """In a thread, as the kernel may wait for requests that the event loop answers."""
+    for node in range(layer.index.node_count):
+        if stat.S_ISREG(layer.attributes(node).mode):
+            # ENOENT: the kernel does not know the inode
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(layer.base + node)
+
+
+async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
+    memory.keep_freed()
+    settings = read_settings(root)
+    log.setup(settings.log_level)
+    status = EXIT_RESTART
+    async with Registry(settings.registry) as registry, trio.open_nursery() as nursery:
+        worker = Worker(root, number, settings, registry, nursery)
+        xattrs = number >= FIRST_XATTR_SHARD
+        Operations(worker.layers, root, xattrs=xattrs).install(target)
+        socket_path = os.path.join(root, "shards", f"{number}.sock")
+        await nursery.start(channel.serve, socket_path, worker.handlers())
+        nursery.start_soon(worker.seal)
+        nursery.start_soon(keep_within_limits, worker.contents, worker.evictor)
+        nursery.start_soon(worker.resume)
+        _log.info("worker serves", shard=number, pid=os.getpid(), version=lazysnap.__version__)
+        with worker.restarting:
+            await pyfuse3.main(min_tasks=4, max_tasks=settings.max_requests)
+            status = EXIT_UNMOUNTED
+        nursery.cancel_scope.cancel()
+    return status
+
+
+def _raise_descriptor_limit() -> None:
+    """Ask for as many descriptors as open contents can use; systemd's default is only 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def run(target: pyfuse3.Operations, root: str, number: int) -> int:
+    """Serve until the file system is unmounted or `restart` is called.
+
+    Args:
+        target: the object whose attributes pyfuse3 calls.
+        root: lazysnap's root directory.
+        number: of the shard.
+
+    Returns:
+        The exit status that the keeper understands.
+    """
+    _raise_descriptor_limit()
+    status: int = trio.run(_main, target, root, number)
+    return status
