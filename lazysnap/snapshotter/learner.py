@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learns what images read while they start, and has it fetched first the next time.
+
+The first start of an image on this node is watched, if there is no profile of it yet; a later start, or
+a pull after the image was removed, uses the profile. A start that was not watched to its end, as a shard
+was replaced, teaches nothing. Advice only: whatever goes wrong here is logged and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import trio
+
+from lazysnap import log
+from lazysnap.errors import LazysnapError
+from lazysnap.layers.profile import Profile, Read, from_reads
+from lazysnap.layers.profiles import ProfileStore
+from lazysnap.layers.slots import SlotRecord
+from lazysnap.supervisor import Supervisor
+
+_log = log.get(__name__)
+_CALL_SECONDS = 10.0
+
+
+class Learner:
+    """Learns and applies profiles.
+
+    Args:
+        root: lazysnap's root directory.
+        supervisor: of the shards that serve the layers.
+        enabled: learn from starts; known profiles are used anyway.
+        seconds: how long a start is watched.
+    """
+
+    def __init__(self, root: str, supervisor: Supervisor, *, enabled: bool, seconds: float) -> None:
+        self._store = ProfileStore(root)
+        self._supervisor = supervisor
+        self._enabled = enabled
+        self._seconds = seconds
+        self._watching: set[str] = set()
+
+    async def reads(self, record: SlotRecord) -> list[object]:
+        """What the profile of a layer's image says of the layer, to be fetched ahead.
+
+        Args:
+            record: of the layer that is to be mounted.
+        """
+        profile = await self._find(record.manifest)
+        if profile is None:
+            return []
+        builtins: list[object] = msgspec.to_builtins(profile.layers.get(record.layer_digest, []))
+        return builtins
+
+    async def _find(self, manifest: str) -> Profile | None:
+        if not manifest:
+            return None
+        try:
+            return await trio.to_thread.run_sync(self._store.find, manifest)
+        except LazysnapError as error:
+            _log.warning("profile not used", manifest=manifest, error=error)
+            return None
+
+    async def started(self, chain: Sequence[SlotRecord]) -> None:
+        """A container starts on these layers, nearest first; returns when it was watched."""
+        manifest = next((record.manifest for record in chain if record.manifest), "")
+        if not manifest or manifest in self._watching:
+            return
+        self._watching.add(manifest)
+        try:
+            known = await self._find(manifest)
+            if known is not None:
+                await self._apply(known, chain)
+            elif self._enabled:
+                await self._watch(manifest, chain)
+        except LazysnapError as error:
+            _log.info("start not learned", manifest=manifest, error=error)
+        except Exception:  # advice must not end the daemon
+            _log.exception("start not learned", manifest=manifest)
+        finally:
+            self._watching.discard(manifest)
+
+    async def _apply(self, profile: Profile, chain: Sequence[SlotRecord]) -> None:
+        """Fetch what a start needs of layers that came with other images, or were evicted."""
+        for record in chain:
+            if reads := profile.layers.get(record.layer_digest):
+                packed = msgspec.to_builtins(reads)
+                await self._supervisor.call(
+                    record.shard, "attach", timeout=_CALL_SECONDS, slot=record.slot, reads=packed
+                )
+
+    async def _watch(self, manifest: str, chain: Sequence[SlotRecord]) -> None:
+        by_shard: dict[int, list[int]] = {}
+        for record in chain:
+            by_shard.setdefault(record.shard, []).append(record.slot)
+        since = time.monotonic()
+        for shard, slots in by_shard.items():
+            await self._supervisor.call(shard, "record", slots=slots, since=since)
+        await trio.sleep(self._seconds)
+        layers: dict[str, list[Read]] = {}
+        failed: LazysnapError | None = None
+        for shard, slots in by_shard.items():  # all of them, so that none goes on recording
+            try:
+                found: Mapping[str, list[object]] = await self._supervisor.call(
+                    shard, "recorded", timeout=_CALL_SECONDS, slots=slots, since=since
+                )
+            except LazysnapError as error:
+                failed = error
+            else:
+                layers.update(msgspec.convert(found, dict[str, list[Read]]))
+        if failed is not None:
+            raise failed
+        profile = from_reads(manifest, (), layers)
+        if profile.layers:
+            await trio.to_thread.run_sync(self._store.add, profile)
+            _log.info("start learned", manifest=manifest, bytes=profile.size())

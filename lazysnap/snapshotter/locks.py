@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may work when: locks by key, and turns for what only one thread may use at a time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import trio
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+
+
+class KeyLocks:
+    """Work on one key is done one after the other, work on different keys at once.
+
+    There are as many locks as keys in use; a key that nobody holds or waits for costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[str, trio.Lock] = {}
+
+    def __len__(self) -> int:
+        return len(self._locks)
+
+    @asynccontextmanager
+    async def hold(self, *keys: str) -> AsyncIterator[None]:
+        """Wait until nobody else holds any of these keys, and hold them in the body.
+
+        Two holders of several keys cannot block each other: all take them in one order. So a holder
+        must not ask for more keys of the same set of locks.
+        """
+        async with AsyncExitStack() as stack:
+            for key in sorted(set(keys)):
+                await stack.enter_async_context(self._hold_one(key))
+            yield
+
+    @asynccontextmanager
+    async def _hold_one(self, key: str) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(key, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            # nobody can have got hold of it since: there is no checkpoint between
+            if not lock.locked() and self._locks.get(key) is lock:
+                del self._locks[key]
+
+
+class Turn:
+    """Runs functions in threads, one at a time, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def __call__(self, function: Callable[[Unpack[Arguments]], T], *args: *Arguments) -> T:
+        """Run a function in its turn; once it has begun, it is not interrupted."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the snapshotter needs from whoever mounts layers lazily.
+
+The snapshotter owns names, directories and the database; the other side owns shards, slots' content
+and the mounts at the mount points it is told. Only declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lazysnap.store.records import Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A lazy snapshot.
+
+    Args:
+        snapshot_id: its number.
+        mountpoint: the directory at which its tree must be visible.
+        attachment: what is served there.
+    """
+
+    snapshot_id: int
+    mountpoint: str
+    attachment: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """A layer below one that is to be mounted.
+
+    Args:
+        directory: where its own tree is visible.
+        attachment: what is served there, if it is lazy.
+    """
+
+    directory: str
+    attachment: Attachment | None
+
+
+class RemoteLayers(Protocol):
+    """Mounts layers lazily."""
+
+    async def restore(self, attached: Sequence[Attached]) -> None:
+        """Bring back what was mounted before a restart, and forget every slot that is not named.
+
+        Called once, before any other method. A layer that cannot be brought back is logged and left
+        to `check`.
+
+        Args:
+            attached: all lazy snapshots.
+        """
+
+    async def prepare(
+        self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
+    ) -> Attachment:
+        """Make a layer visible.
+
+        Args:
+            slot: a number that was never used before.
+            labels: of the request; `containerd.io/snapshot.ref` is among them.
+            mountpoint: an empty directory. A directory above it is renamed afterwards, which the
+                kernel allows and which the mount follows.
+            lowers: the layers below, nearest first; directories that this layer leaves out look as
+                they do there.
+
+        Returns:
+            What to remember; `attachment.slot` is `slot`.
+
+        Raises:
+            LazysnapError: this layer cannot be mounted lazily, `reason` says why. Then, and when
+                cancelled, nothing is left mounted or attached.
+        """
+
+    async def check(self, chain: Sequence[Attached]) -> None:
+        """See that layers can serve reads, and repair what can be repaired.
+
+        Args:
+            chain: the lazy snapshots among the ancestors of the one to be used, nearest first.
+
+        Raises:
+            Unavailable: one cannot serve.
+        """
+
+    def starting(self, chain: Sequence[Attached]) -> None:
+        """A container is about to start on these layers: learn what it reads, or fetch it ahead.
+
+        Args:
+            chain: as for `check`, which has passed.
+        """
+
+    async def release(self, attached: Attached) -> None:
+        """Unmount and forget a layer; must not fail when it is not mounted or attached."""

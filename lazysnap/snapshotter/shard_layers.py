@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lazy layers on shards: what `RemoteLayers` asks for, done with the opener and the supervisor.
+
+The order of things makes a crash harmless: an index is complete before a slot names it, a slot's record
+is on disk before its directory can be looked up, and the bind mount comes last. What a crash leaves is
+removed by `restore`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+import trio
+
+from lazysnap import log, mounts
+from lazysnap.digest import Digest
+from lazysnap.errors import Internal, LazysnapError, NotLazy, Unavailable
+from lazysnap.labels import RemoteRequest, parse_remote_request
+from lazysnap.layers.inherit import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
+from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.slots import (
+    Inherited,
+    SlotRecord,
+    list_slots,
+    read_slot,
+    remove_slot,
+    write_slot,
+)
+from lazysnap.layers.view import LayerView, open_index
+from lazysnap.reference import Reference
+from lazysnap.snapshotter.finder import ProfileFinder
+from lazysnap.snapshotter.learner import Learner
+from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.store.records import Attachment
+from lazysnap.supervisor import Supervisor
+
+_log = log.get(__name__)
+_ATTACH_SECONDS = 10.0
+# The layer was opened meanwhile; this is for a registry that is slower to answer the other question.
+_PROFILE_SECONDS = 0.25
+_HEALTH_SECONDS = 4.0
+_WARN_EVERY_SECONDS = 60.0
+_USABLE = ("local", "reachable", "degraded")
+
+
+class _Merged(NamedTuple):
+    """How a layer is shown on top of those below it."""
+
+    inherited: list[Inherited]
+    opaque_xattr: bytes
+    xattrs: bool
+
+
+class ShardLayers:
+    """Mounts layers lazily, on the shards of a root.
+
+    Args:
+        root: lazysnap's root directory.
+        supervisor: of the shards.
+        opener: of layers.
+        nursery: where the other layers of an image are opened ahead.
+        learner: of start-up profiles.
+        finder: of profiles in the registry.
+        opaque_xattr: how overlay on this node marks opaque directories.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        supervisor: Supervisor,
+        opener: Opener,
+        nursery: trio.Nursery,
+        learner: Learner,
+        finder: ProfileFinder,
+        opaque_xattr: bytes = b"trusted.overlay.opaque",
+    ) -> None:
+        self._root = root
+        self._supervisor = supervisor
+        self._opener = opener
+        self._nursery = nursery
+        self._learner = learner
+        self._finder = finder
+        self._opaque_xattr = opaque_xattr
+        self._warned: dict[int, float] = {}
+        self._ahead: set[Digest] = set()
+
+    async def prepare(
+        self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
+    ) -> Attachment:
+        """Make a layer visible; see `RemoteLayers`."""
+        request = parse_remote_request(labels)
+        if request is None:
+            raise NotLazy("the labels name no layer", reason="no-image-labels")
+        reference = Reference.parse(request.reference)
+        if request.manifest_digest is not None:
+            self._nursery.start_soon(self._finder.look, reference, request.manifest_digest)
+        self._open_ahead(request, reference)
+        source = LayerSource(
+            reference,
+            request.layer_digest,
+            request.layer_size,
+            request.media_type,
+            request.annotations,
+            request.manifest_digest,
+            complete=request.media_type is not None,
+        )
+        opened = await self._opener.open(source)
+        if request.manifest_digest is not None:
+            await self._finder.settled(request.manifest_digest, _PROFILE_SECONDS)
+        merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
+        shard = self._supervisor.choose(request.layer_digest, xattrs=merged.xattrs)
+        if merged.xattrs:
+            await self._supervisor.ensure(shard)
+        record = SlotRecord(
+            slot=slot,
+            shard=shard,
+            layer_digest=str(request.layer_digest),  # msgspec encodes no subclasses of str
+            index=opened.index,
+            annotations=dict(opened.annotations),
+            reference=reference.name,
+            blob_size=opened.blob_size,
+            manifest=str(request.manifest_digest or ""),
+            opaque_xattr=merged.opaque_xattr,
+            inherited=merged.inherited,
+        )
+        packed = msgspec.msgpack.encode(record)
+        attachment = Attachment(slot, record.shard, record.layer_digest, packed)
+        self._supervisor.note(record.shard, record.layer_digest)
+        try:
+            await trio.to_thread.run_sync(write_slot, self._root, record)
+            await self._supervisor.call(
+                record.shard,
+                "attach",
+                timeout=_ATTACH_SECONDS,
+                slot=slot,
+                reads=await self._learner.reads(record),
+                reachable=opened.fetched,
+            )
+            await trio.to_thread.run_sync(self._bind, attachment, mountpoint)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.release(Attached(0, mountpoint, attachment))
+            raise
+        return attachment
+
+    def _open_ahead(self, request: RemoteRequest, reference: Reference) -> None:
+        """Begin with the layers above, which will be asked for next, while this one is opened."""
+        manifest = request.manifest_digest
+        if manifest is None or manifest in self._ahead or not request.upper_layers:
+            return
+        if len(self._ahead) > 1000:
+            self._ahead.clear()
+        self._ahead.add(manifest)
+
+        async def one(digest: Digest) -> None:
+            source = LayerSource(reference, digest, manifest=manifest)
+            try:
+                await self._opener.open(source)
+            except LazysnapError as error:
+                # Whatever is wrong with it will be said when it is asked for.
+                _log.debug("layer not opened ahead", layer=digest, error=error)
+            except Exception:  # a defect must not end the daemon
+                _log.exception("opening a layer ahead failed")
+
+        for digest in request.upper_layers:
+            self._nursery.start_soon(one, digest)
+
+    def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
+        """In a thread: what the layers below mean for how this one is shown."""
+        index = open_index(self._index_path(index_name))
+        trees = [self._tree(lower) for lower in lowers]
+        try:
+            inherited = inherit(index, trees)
+            opaque = hides_something(index, trees)
+        except OSError as error:
+            raise Internal(f"a lower layer cannot be read: {error}") from error
+        xattrs = opaque or index.has_xattrs or any(entry.xattrs for entry in inherited)
+        return _Merged(inherited, self._opaque_xattr if opaque else b"", xattrs)
+
+    def _tree(self, lower: Lower) -> LowerTree:
+        if lower.attachment is None:
+            return DirectoryTree(lower.directory)
+        record = _record(lower.attachment)
+        return ViewTree(LayerView(record, open_index(self._index_path(record.index))))
+
+    def _index_path(self, name: str) -> str:
+        return os.path.join(self._root, "cache", "index", name)
+
+    async def check(self, chain: Sequence[Attached]) -> None:
+        """See that layers can serve reads; see `RemoteLayers`."""
+        errors: list[LazysnapError] = []
+        health: dict[int, Mapping[str, str]] = {}
+
+        async def one(shard: int) -> None:
+            on_shard = [a for a in chain if a.attachment.shard == shard]
+            try:
+                health.update(await self._check_shard(shard, on_shard))
+            except LazysnapError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for shard in {attached.attachment.shard for attached in chain}:
+                nursery.start_soon(one, shard)
+        if errors:
+            raise errors[0]
+        self._judge(chain, health)
+
+    async def _check_shard(
+        self, shard: int, chain: Sequence[Attached]
+    ) -> Mapping[int, Mapping[str, str]]:
+        slots = [attached.attachment.slot for attached in chain]
+        try:
+            health = await self._health(shard, slots)
+        except Unavailable as error:
+            _log.warning("shard does not answer, repairing it", shard=shard, error=error)
+            await self._supervisor.ensure(shard)
+            health = await self._health(shard, slots)
+        failed = [a for a in chain if health[a.attachment.slot]["state"] == "failed"]
+        if failed:
+            # The record or the index may be gone; the database still knows what the slot serves.
+            await trio.to_thread.run_sync(self._restore_records, failed)
+            for attached in failed:
+                await self._restore_index(attached)
+            await self._supervisor.call(shard, "detach", slots=slots, reload=True)
+            health = await self._health(shard, slots)
+        await trio.to_thread.run_sync(self._restore_mounts, chain)
+        return health
+
+    async def _health(self, shard: int, slots: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
+        answer: Mapping[int, Mapping[str, str]] = await self._supervisor.call(
+            shard, "health", timeout=_HEALTH_SECONDS, slots=slots
+        )
+        return answer
+
+    def _judge(self, chain: Sequence[Attached], health: Mapping[int, Mapping[str, str]]) -> None:
+        """Refuse a chain that cannot serve, warn of one that may not serve everything.
+
+        A layer of which nothing is local is no reason to refuse as long as other layers of the chain
+        are: most starts read nothing at all from most layers.
+        """
+        states = {slot: found["state"] for slot, found in health.items()}
+        usable = any(state in _USABLE for state in states.values())
+        now = trio.current_time()
+        for attached in chain:
+            slot, layer = attached.attachment.slot, attached.attachment.layer_digest
+            detail = health[slot]["detail"]
+            if states[slot] == "failed" or (states[slot] == "unreachable" and not usable):
+                raise Unavailable(
+                    f"layer {layer} cannot serve: {detail}",
+                    hint="see `lazysnap status`; is the registry reachable from this node?",
+                    reason="layer-unavailable",
+                )
+            last = self._warned.get(slot, float("-inf"))
+            if detail and now - last >= _WARN_EVERY_SECONDS:
+                self._warned[slot] = now
+                _log.warning("what is not local of a layer cannot be read", layer=layer, why=detail)
+
+    def starting(self, chain: Sequence[Attached]) -> None:
+        """A container is about to start; see `RemoteLayers`."""
+        try:
+            records = [_record(each.attachment) for each in chain]
+        except LazysnapError as error:
+            _log.warning("start not watched", error=error)
+            return
+        self._nursery.start_soon(self._learner.started, records)
+
+    async def restore(self, attached: Sequence[Attached]) -> None:
+        """Bring back what was mounted before a restart; see `RemoteLayers`."""
+        for each in attached:
+            self._supervisor.note(each.attachment.shard, each.attachment.layer_digest)
+        known = {each.attachment.slot for each in attached}
+        stale = [slot for slot in list_slots(self._root) if slot not in known]
+        for slot in stale:
+            with contextlib.suppress(LazysnapError):
+                remove_slot(self._root, slot)
+        await trio.to_thread.run_sync(self._restore_records, attached)
+        shards = {each.attachment.shard for each in attached}
+        await self._supervisor.start(shards)
+        await trio.to_thread.run_sync(self._restore_mounts, attached)
+        for shard in shards:
+            with contextlib.suppress(LazysnapError):
+                await self._supervisor.call(shard, "detach", slots=stale)
+        if attached:
+            _log.info("lazy snapshots are restored", snapshots=len(attached), shards=len(shards))
+
+    def _restore_records(self, attached: Sequence[Attached]) -> None:
+        for each in attached:
+            slot = each.attachment.slot
+            try:
+                record = _record(each.attachment)
+                try:
+                    if read_slot(self._root, slot) == record:
+                        continue
+                except LazysnapError as error:
+                    _log.debug("slot is restored", slot=slot, error=error)
+                write_slot(self._root, record)
+            except LazysnapError as error:
+                _log.error("slot not restored", slot=slot, error=error)
+
+    async def _restore_index(self, attached: Attached) -> None:
+        """Make the index of a layer anew if it is damaged or gone."""
+        try:
+            record = _record(attached.attachment)
+            source = LayerSource(
+                Reference.parse(record.reference),
+                Digest.parse(record.layer_digest),
+                record.blob_size,
+                annotations=record.annotations,
+                complete=True,
+            )
+            opened = await self._opener.open(source)
+            if opened.index != record.index:
+                raise Internal(f"the index of slot {record.slot} has another name now")
+        except LazysnapError as error:
+            _log.error("index not restored", slot=attached.attachment.slot, error=error)
+
+    def _restore_mounts(self, attached: Sequence[Attached]) -> None:
+        """Bind each layer that is not visible, or visible through a mount that is gone."""
+        points = {point.path: point for point in mounts.mount_points()}
+        for each in attached:
+            there = points.get(each.mountpoint)
+            shard = points.get(self._supervisor.mountpoint(each.attachment.shard))
+            if there is not None and shard is not None and there.device == shard.device:
+                continue
+            try:
+                if there is not None:
+                    mounts.unmount(each.mountpoint)
+                self._bind(each.attachment, each.mountpoint)
+            except LazysnapError as error:
+                _log.error("layer not mounted", slot=each.attachment.slot, error=error)
+
+    def _bind(self, attachment: Attachment, mountpoint: str) -> None:
+        mounts.bind(self._supervisor.directory(attachment.shard, attachment.slot), mountpoint)
+
+    async def release(self, attached: Attached) -> None:
+        """Unmount and forget a layer; see `RemoteLayers`."""
+        slot = attached.attachment.slot
+        self._warned.pop(slot, None)
+        self._supervisor.note_gone(attached.attachment.shard, attached.attachment.layer_digest)
+        try:
+            await trio.to_thread.run_sync(mounts.unmount, attached.mountpoint)
+        finally:
+            remove_slot(self._root, slot)
+            with contextlib.suppress(LazysnapError):
+                await self._supervisor.call(attached.attachment.shard, "detach", slots=[slot])
+
+
+def _record(attachment: Attachment) -> SlotRecord:
+    try:
+        return msgspec.msgpack.decode(attachment.record, type=SlotRecord)
+    except msgspec.MsgspecError as error:
+        raise Internal(f"the record of slot {attachment.slot} is damaged: {error}") from error

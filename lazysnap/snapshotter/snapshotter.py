@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of a snapshotter: ordinary overlay snapshots, with a seam for lazy ones.
+
+Order on disk and in the database is such that a crash at any instruction leaves either the old state
+or the new, plus directories that no snapshot owns; those are collected at the next start and by
+`cleanup`. Never touches the network; knows nothing of gRPC.
+
+Blocking work runs in threads. The database is used by one thread at a time, so its transactions are
+the order of events; locks by key only spare work that would be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from lazysnap import filters, log, mounts, overlay
+from lazysnap.errors import FailedPrecondition, Internal
+from lazysnap.labels import REASON, REMOTE, SNAPSHOT_REF
+from lazysnap.overlay import Kind, Mount
+from lazysnap.snapshotter import trees
+from lazysnap.snapshotter.directories import Directories
+from lazysnap.snapshotter.housekeeping import Housekeeping
+from lazysnap.snapshotter.lazy import LazySnapshots
+from lazysnap.snapshotter.locks import KeyLocks, Turn
+from lazysnap.snapshotter.remote import RemoteLayers
+from lazysnap.store.records import NO_LABELS, Lineage, Snapshot, Usage
+from lazysnap.store.snapshots import SnapshotStore
+
+_log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be configured.
+
+    Args:
+        sync_on_commit: wait at each commit until the file system has written everything.
+        measure_seconds: how long a commit waits for its files to be counted. containerd's whole
+            database is locked meanwhile; what takes longer is finished in the background.
+    """
+
+    sync_on_commit: bool = True
+    measure_seconds: float = 1.0
+
+
+class Snapshotter:
+    """The snapshots of one root.
+
+    Args:
+        root: absolute path; made if missing.
+        store: the database of this root.
+        settings: what can be configured.
+        remote: mounts layers lazily; without it every snapshot is an ordinary one.
+
+    Raises:
+        ConfigError: the root cannot be used.
+        Internal: the root cannot be made.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        store: SnapshotStore,
+        *,
+        settings: Settings | None = None,
+        remote: RemoteLayers | None = None,
+    ) -> None:
+        self._dirs = Directories(root)
+        self._store = store
+        self._settings = settings or Settings()
+        facts = mounts.overlay_facts()
+        self._options = overlay.Options(index_off=facts.index, userxattr=facts.user_namespace)
+        self._in_turn = Turn()
+        self._house = Housekeeping(self._dirs, store, self._in_turn)
+        self._lazy = LazySnapshots(self._dirs, store, self._in_turn, self._house, remote)
+        self._keys = KeyLocks()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Recover from however the last process ended, and begin background work.
+
+        Args:
+            nursery: where background tasks run, until `aclose`.
+
+        Raises:
+            Internal: the root or the database cannot be read.
+        """
+        names = self._dirs.names()
+        ids = await self._in_turn(self._store.ids)
+        for number in sorted(ids - {int(name) for name in names if name.isdecimal()}):
+            _log.error("the directory of a snapshot is missing", snapshot=number)
+        await self._lazy.restore()
+        await nursery.start(self._house.run)
+
+    async def aclose(self) -> None:
+        """Stop background work. Snapshots and their mounts stay as they are."""
+        await self._house.aclose()
+
+    # -- the operations ---------------------------------------------------------------------------
+
+    async def prepare(
+        self, key: str, parent: str = "", labels: Mapping[str, str] = NO_LABELS
+    ) -> tuple[Mount, ...]:
+        """Make an active snapshot.
+
+        Args:
+            key: its key.
+            parent: a committed snapshot, or empty.
+            labels: all of its labels. With `containerd.io/snapshot.ref`, a lazy snapshot is tried.
+
+        Returns:
+            How to mount it.
+
+        Raises:
+            AlreadyExists: the key is taken, or a lazy snapshot is there for the labels now.
+            NotFound: there is no such parent.
+            InvalidArgument: the parent is not committed.
+            Unavailable: a lazy layer among the ancestors cannot serve.
+        """
+        async with self._keys.hold(key):
+            # what only we may say
+            labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE)}
+            if self._lazy.enabled and SNAPSHOT_REF in labels:
+                below = await self._below_new(key, parent)
+                reason = await self._lazy.prepare(parent, below, labels)
+                _log.info(
+                    "layer will be downloaded and unpacked",
+                    remote_snapshot_prepared="false",
+                    reason=reason,
+                    key=key,
+                )
+                labels[REASON] = reason
+            return await self._create(Kind.ACTIVE, key, parent, labels)
+
+    async def view(
+        self, key: str, parent: str = "", labels: Mapping[str, str] = NO_LABELS
+    ) -> tuple[Mount, ...]:
+        """Make a read-only view of a committed snapshot; arguments and errors as for `prepare`."""
+        async with self._keys.hold(key):
+            return await self._create(Kind.VIEW, key, parent, labels)
+
+    async def mounts(self, key: str) -> tuple[Mount, ...]:
+        """How to mount an active snapshot or a view.
+
+        Raises:
+            NotFound: there is no such key.
+            FailedPrecondition: it is committed.
+            Unavailable: a lazy layer among its ancestors cannot serve.
+        """
+        lineage = await self._in_turn(self._store.lineage, key)
+        if lineage.snapshot.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts")
+        await self._lazy.check(lineage)
+        return self._mounts(lineage.snapshot.kind, lineage.snapshot.id, lineage.ancestors)
+
+    async def commit(
+        self, name: str, key: str, labels: Mapping[str, str] = NO_LABELS, parent: str = ""
+    ) -> None:
+        """Turn an active snapshot into a committed one.
+
+        Args:
+            name: its new name.
+            key: the active snapshot.
+            labels: its labels from now on.
+            parent: for one without a parent, the one to put it on.
+
+        Raises:
+            AlreadyExists: the name is taken.
+            NotFound: there is no such key or parent.
+            FailedPrecondition: the key is not active, or the parent not committed.
+            InvalidArgument: the snapshot has another parent.
+            Internal: its files could not be written to disk; it stays active.
+        """
+        async with self._keys.hold(name, key):
+            active = await self._in_turn(self._store.check_commit, name, key, parent)
+            with self._house.measuring(active.id) as measurement:
+                if self._settings.sync_on_commit:
+                    await trio.to_thread.run_sync(mounts.sync_filesystem, self._dirs.fs(active.id))
+                usage = await measurement.take(self._settings.measure_seconds)
+
+                def commit() -> None:
+                    self._store.commit(
+                        name, key, labels=labels, usage=usage, parent=parent, keep=(REASON,)
+                    )
+
+                await self._in_turn(commit)
+
+    async def remove(self, key: str) -> None:
+        """Forget a snapshot; its files are deleted in the background.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: it has children.
+        """
+        async with self._keys.hold(key):
+            number, attachment = await self._in_turn(self._store.remove, key)
+            try:
+                if attachment is not None:
+                    await self._lazy.release(number, self._dirs.fs(number), attachment)
+            finally:
+                self._house.expect_garbage()
+
+    async def stat(self, key: str) -> Snapshot:
+        """What is known of a snapshot.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return await self._in_turn(self._store.stat, key)
+
+    async def update(
+        self, key: str, labels: Mapping[str, str], paths: Sequence[str] = ()
+    ) -> Snapshot:
+        """Change labels.
+
+        Args:
+            key: the snapshot.
+            labels: new values; an empty one deletes.
+            paths: `labels` or `labels.<key>`; none to replace all.
+
+        Raises:
+            NotFound: there is none.
+            InvalidArgument: a path names something that cannot be changed.
+        """
+        return await self._in_turn(self._store.update, key, labels, paths)
+
+    async def list(
+        self, match: filters.Filter = filters.EVERYTHING, after: str | None = None
+    ) -> tuple[Sequence[Snapshot], str | None]:
+        """One page of the snapshots that match.
+
+        Args:
+            match: which ones.
+            after: what the last call returned; None at first.
+
+        Returns:
+            Some snapshots, perhaps none, and where to go on; None at the end.
+        """
+        return await self._in_turn(self._store.page, match, after)
+
+    async def usage(self, key: str) -> Usage:
+        """What a snapshot takes by itself, without its parents.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = await self.stat(key)
+        if found.usage is not None:
+            return found.usage
+        try:
+            return await trio.to_thread.run_sync(
+                trees.measure, self._dirs.fs(found.id), trio.from_thread.check_cancelled
+            )
+        except Internal:
+            await self.stat(key)  # it may have been removed meanwhile, which is not our failure
+            raise
+
+    async def cleanup(self) -> None:
+        """Delete the directories that belong to no snapshot, and wait for it."""
+        await self._house.collect()
+
+    # -- making snapshots -------------------------------------------------------------------------
+
+    async def _create(
+        self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]
+    ) -> tuple[Mount, ...]:
+        below = await self._below_new(key, parent)
+        ancestors: tuple[int, ...] = ()
+        parent_id = None
+        if below is not None:
+            await self._lazy.check(below)
+            if kind is Kind.ACTIVE and SNAPSHOT_REF not in labels:
+                self._lazy.starting(below)
+            parent_id = below.snapshot.id
+            ancestors = (parent_id, *below.ancestors)
+
+        with self._house.building() as directory:
+
+            def build() -> None:
+                self._dirs.build(directory, work=kind is Kind.ACTIVE, parent_id=parent_id)
+
+            def place() -> int:
+                with self._store.creating(kind, key, parent, labels, parent_id=parent_id) as number:
+                    self._dirs.place(directory, number)
+                return number
+
+            await trio.to_thread.run_sync(build)
+            number = await self._in_turn(place)
+        return self._mounts(kind, number, ancestors)
+
+    async def _below_new(self, key: str, parent: str) -> Lineage | None:
+        """The parent of a snapshot to be made; raises what making it would raise."""
+
+        def look() -> Lineage | None:
+            self._store.check_new(key, parent)
+            return self._store.lineage(parent) if parent else None
+
+        return await self._in_turn(look)
+
+    def _mounts(self, kind: Kind, number: int, ancestors: Sequence[int]) -> tuple[Mount, ...]:
+        return overlay.mounts(self._dirs.snapshots, kind, number, ancestors, self._options)
