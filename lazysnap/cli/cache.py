@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazysnap cache`: what is in the cache, whether it is right, and removing from it.
+
+Works on the directory, so the daemon may run or not. Nothing here breaks a reader: who has a file open
+goes on reading it, and what is gone is fetched again. Results go to standard output, progress to
+standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from lazysnap import config, log
+from lazysnap.cache import INDEX_TAIL, Cache
+from lazysnap.cache.eviction import CacheLimits, exclusive
+from lazysnap.cache.inventory import Entry, Kind, entries, remove
+from lazysnap.cache.pruning import choose, leftovers, remove_leftover
+from lazysnap.cache.verification import Verification, verify
+from lazysnap.cli import units
+from lazysnap.cli.units import bytes_text
+from lazysnap.errors import ConfigError, LazysnapError, Unavailable
+from lazysnap.layers.slots import list_slots, read_slot
+
+_EXIT_REPAIRED = 1
+_EXIT_WRONG = 2
+_LOCK_SECONDS = 30.0
+_BIGGEST = 10
+_AGES = (("hour", 3600), ("day", 86400), ("week", 604800), ("month", 2592000))
+
+
+@click.group()
+@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
+@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@click.pass_context
+def command(ctx: click.Context, config_path: str | None, root: str | None) -> None:
+    """Look at, check and empty the cache on disk. The daemon may run meanwhile, or not."""
+    log.setup("error")
+    _set(ctx, config_path, root)
+
+
+def _set(ctx: click.Context, config_path: str | None, root: str | None) -> None:
+    given = ctx.ensure_object(dict)
+    given.update({k: v for k, v in (("config", config_path), ("root", root)) if v})
+
+
+def _located(function: Callable[..., None]) -> Callable[..., None]:
+    """`--root` and `--config` behind the command's name too."""
+
+    def take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        _set(ctx, *((value, None) if param.name == "config" else (None, value)))
+
+    for name, text in (("root", "Directory of all state."), ("config", "Configuration file.")):
+        option = click.option(
+            f"--{name}", type=click.Path(), expose_value=False, callback=take, help=text
+        )
+        function = option(function)
+    return function
+
+
+@contextlib.contextmanager
+def _opened(ctx: click.Context) -> Iterator[tuple[Cache, CacheLimits, str]]:
+    """The cache, its limits and lazysnap's root; translates what the disk refuses."""
+    settings = config.load(ctx.obj.get("config"))
+    root = os.path.abspath(ctx.obj.get("root") or settings.root)
+    path = os.path.join(root, "cache")
+    limits = CacheLimits(
+        size_limit_bytes=settings.cache.size_limit_bytes,
+        reserve_bytes=settings.cache.reserve_bytes,
+        reserve_percent=settings.cache.reserve_percent,
+    )
+    try:
+        os.listdir(path)  # else it would be made
+        cache = Cache(path)
+        yield cache, limits, root
+    except OSError as error:
+        raise ConfigError(
+            f"the cache {path} cannot be used: {error.strerror}",
+            hint="run as root, and name lazysnap's directory with --root",
+        ) from error
+    cache.objects.close()
+
+
+# -- ls ---------------------------------------------------------------------------------------------
+
+
+@command.command()
+@_located
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def ls(ctx: click.Context, as_json: bool) -> None:
+    """Show what the cache holds, how old it is, and what it may take."""
+    with _opened(ctx) as (cache, limits, _):
+        found = sorted(entries(cache), key=lambda entry: entry.disk_bytes, reverse=True)
+        status = os.statvfs(cache.root)
+        index_files = {entry.name: entry.stat().st_size for entry in os.scandir(cache.index)}
+        index_count = sum(not name.endswith(INDEX_TAIL) for name in index_files)
+        document: dict[str, Any] = {
+            "path": cache.root,
+            "diskBytes": sum(entry.disk_bytes for entry in found),
+            "objects": _summary([e for e in found if e.kind is Kind.OBJECT]),
+            "partials": _summary([e for e in found if e.kind is Kind.PARTIAL]),
+            "indexes": {"count": index_count, "bytes": sum(index_files.values())},
+            "lastUsed": _ages(found),
+            "biggest": [_described(entry) for entry in found[:_BIGGEST]],
+            "sizeLimitBytes": limits.size_limit_bytes,
+            "reserveBytes": limits.reserve(status),
+            "freeBytes": status.f_bavail * status.f_frsize,
+        }
+    click.echo(json.dumps(document, indent=2) if as_json else _ls_text(document))
+
+
+def _summary(found: Sequence[Entry]) -> dict[str, int]:
+    return {
+        "count": len(found),
+        "bytes": sum(entry.size for entry in found),
+        "diskBytes": sum(entry.disk_bytes for entry in found),
+    }
+
+
+def _ages(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Counts by the time of last use, each content in the first age that fits."""
+    now = time.time()
+    rows: list[dict[str, Any]] = [
+        {"within": name, "count": 0, "diskBytes": 0} for name in [*(n for n, _ in _AGES), "longer"]
+    ]
+    for entry in found:
+        age = now - entry.used_ns / 1e9
+        place = next((i for i, (_, limit) in enumerate(_AGES) if age < limit), len(_AGES))
+        rows[place]["count"] += 1
+        rows[place]["diskBytes"] += entry.disk_bytes
+    return rows
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    return {
+        "kind": entry.kind.value,
+        "key": entry.key.hex(),
+        "bytes": entry.size,
+        "diskBytes": entry.disk_bytes,
+        "lastUsed": int(entry.used_ns // 1_000_000_000),
+    }
+
+
+def _ls_text(document: dict[str, Any]) -> str:
+    lines = [f"{document['path']}: {bytes_text(document['diskBytes'])} on disk"]
+    for name in ("objects", "partials"):
+        part = document[name]
+        lines.append(
+            f"  {name:9} {part['count']:8}  {bytes_text(part['diskBytes']):>10} of"
+            f" {bytes_text(part['bytes'])}"
+        )
+    part = document["indexes"]
+    lines += [f"  indexes   {part['count']:8}  {bytes_text(part['bytes']):>10}", "last used within"]
+    lines += [
+        f"  {row['within']:9} {row['count']:8}  {bytes_text(row['diskBytes']):>10}"
+        for row in document["lastUsed"]
+    ]
+    if document["biggest"]:
+        lines.append("biggest")
+    lines += [
+        f"  {row['kind']:9} {bytes_text(row['diskBytes']):>10}  {row['key'][:16]}"
+        for row in document["biggest"]
+    ]
+    limit = document["sizeLimitBytes"]
+    lines.append(f"size limit {bytes_text(limit) if limit else 'none'}")
+    lines.append(
+        f"reserve    {bytes_text(document['reserveBytes'])}, free"
+        f" {bytes_text(document['freeBytes'])}"
+    )
+    return "\n".join(lines)
+
+
+# -- verify -----------------------------------------------------------------------------------------
+
+
+@command.command("verify")
+@_located
+@click.option("--fix", is_flag=True, help="Remove what is wrong; it is fetched again.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def verify_command(ctx: click.Context, fix: bool, as_json: bool) -> None:
+    """Read the whole cache and compare it with its digests.
+
+    Exit status: 0 everything is right, 1 what was wrong has been removed, 2 something is wrong.
+    """
+    with _opened(ctx) as (cache, _, _), _progress(cache) as progress:
+        result = verify(cache, fix=fix, progress=progress)
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2))
+    else:
+        click.echo(_verify_text(result, fix))
+    if result.wrong:
+        ctx.exit(_EXIT_REPAIRED if fix else _EXIT_WRONG)
+
+
+@contextlib.contextmanager
+def _progress(cache: Cache) -> Iterator[Callable[[int], None]]:
+    total = sum(entry.disk_bytes for entry in entries(cache))
+    if not sys.stderr.isatty():
+        click.echo(f"checking {bytes_text(total)}", err=True)
+        yield lambda _: None
+        return
+    from rich.console import Console  # takes a tenth of a second to load
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=max(total, 1))
+        yield lambda size: shown.advance(task, size)
+
+
+def _verify_text(result: Verification, fix: bool) -> str:
+    lines = [
+        f"{wrong.what} {wrong.name}: {wrong.problem}{' (removed)' if wrong.removed else ''}"
+        for wrong in result.wrong
+    ]
+    lines.append(
+        f"{result.objects} objects, {result.partials} partial files ({result.chunks} chunks),"
+        f" {result.indexes} indexes: {bytes_text(result.bytes)} checked,"
+        f" {len(result.wrong)} wrong"
+    )
+    if result.unchecked:
+        lines.append(
+            f"{result.unchecked} partial files cannot be checked, as no index names them;"
+            " readers check them"
+        )
+    if result.wrong and not fix:
+        lines.append("remove what is wrong with `lazysnap cache verify --fix`")
+    return "\n".join(lines)
+
+
+# -- prune ------------------------------------------------------------------------------------------
+
+
+@command.command()
+@_located
+@click.option("--all", "everything", is_flag=True, help="Remove all contents.")
+@click.option(
+    "--older-than", callback=units.duration, metavar="DURATION",
+    help="Remove contents that were not used for so long, e.g. 36h.",
+)  # fmt: skip
+@click.option(
+    "--to-size", callback=units.size, metavar="SIZE",
+    help="Remove what was not used for longest until the rest takes this much, e.g. 10GiB.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def prune(
+    ctx: click.Context,
+    everything: bool,
+    older_than: float | None,
+    to_size: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Remove leftovers of crashes, indexes of layers that are gone, and what the options choose."""
+    with _opened(ctx) as (cache, _, root), exclusive(cache, _LOCK_SECONDS) as alone:
+        if not alone:
+            raise Unavailable(
+                "another process is removing from the cache", hint="try again in a minute"
+            )
+        chosen = choose(cache, everything=everything, older_than=older_than, to_size=to_size)
+        useless = leftovers(cache, _used_indexes(cache, root))
+        if not dry_run:
+            for entry in chosen:
+                remove(cache, entry)
+            for leftover in useless:
+                remove_leftover(cache, leftover)
+    freed = sum(e.disk_bytes for e in chosen) + sum(e.disk_bytes for e in useless)
+    if as_json:
+        document = {
+            "dryRun": dry_run,
+            "diskBytes": freed,
+            "contents": [_described(entry) for entry in chosen],
+            "leftovers": [asdict(leftover) for leftover in useless],
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    for leftover in useless:
+        click.echo(f"{leftover.name}: {leftover.why}")
+    verb = "would be removed" if dry_run else "removed"
+    click.echo(
+        f"{len(chosen)} contents and {len(useless)} leftovers {verb}, {bytes_text(freed)} on disk"
+    )
+
+
+def _used_indexes(cache: Cache, root: str) -> set[str]:
+    """Indexes of the layers that are mounted; all if a slot cannot be read, as it may need any."""
+    used = set()
+    for slot in list_slots(root):
+        try:
+            used.add(read_slot(root, slot).index)
+        except LazysnapError as error:
+            click.echo(f"no index is removed: {error}", err=True)
+            return set(os.listdir(cache.index))
+    return used

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazysnap serve`: the daemon that containerd talks to."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+import trio
+
+from lazysnap import config, log
+
+
+@click.command()
+@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
+@click.option("--root", type=click.Path(), help="Directory of all state.")
+@click.option("--address", type=click.Path(), help="Socket that containerd connects to.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."
+)
+@click.option(
+    "--unmount-on-exit",
+    is_flag=True,
+    help="Take down all mounts when stopping. Containers that use them break.",
+)
+def command(
+    config_path: str | None,
+    root: str | None,
+    address: str | None,
+    log_level: str | None,
+    unmount_on_exit: bool,
+) -> None:
+    """Serve snapshots to containerd until SIGTERM.
+
+    Options override the configuration file (default: /etc/lazysnap/config.toml). Mounted layers go
+    on working when the daemon stops; the next one finds them.
+    """
+    settings = config.load(config_path)
+    given = {"root": root, "address": address, "log_level": log_level}
+    settings = msgspec.structs.replace(settings, **{k: v for k, v in given.items() if v})
+    log.setup(settings.log_level)
+    from lazysnap import daemon  # after the options are known to be right: it loads grpc
+
+    async def serve() -> None:
+        await daemon.run(settings, unmount_on_exit=unmount_on_exit)
+
+    trio.run(serve)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pull of one image, from reference to image record.
+
+Order, so that nothing is ever unprotected from garbage collection: lease, documents, snapshots, the
+label on the configuration that holds the snapshots, image record, end of the lease. When a pull
+fails or is cancelled, nothing of it stays.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from lazysnap.containerd.client import Containerd
+from lazysnap.errors import LazysnapError
+from lazysnap.oci import Platform
+from lazysnap.pull import metadata
+from lazysnap.pull.download import Downloads
+from lazysnap.pull.progress import LayerResult, Progress, PullResult
+from lazysnap.pull.unpack import Layer, Unpacker, plan
+from lazysnap.reference import Reference
+from lazysnap.registry.client import Image, Registry
+
+
+async def pull(
+    reference: Reference,
+    containerd: Containerd,
+    registry: Registry,
+    snapshotter: str,
+    platform: Platform,
+    progress: Progress | None = None,
+) -> PullResult:
+    """Pull an image; layers that the snapshotter mounts lazily are not downloaded.
+
+    Args:
+        reference: of the image.
+        containerd: a connection, in the namespace to pull into.
+        registry: a client.
+        snapshotter: name of the snapshotter in containerd's configuration.
+        platform: which of the image's platforms.
+        progress: receives events.
+
+    Raises:
+        RegistryError: the registry does not have it, refuses it, or cannot be reached.
+        LazysnapError: containerd or the snapshotter failed, or the image is malformed.
+    """
+    progress = progress or Progress()
+    image = await registry.fetch_image(reference, platform)
+    layers = plan(image)
+    progress.resolved([layer.blob for layer in layers])
+    async with containerd.lease() as leased:
+        labeller = metadata.Labeller(leased.content, reference)
+        await metadata.store(leased.content, image, labeller)
+        results, received = await _layers(
+            leased, registry, image, snapshotter, layers, labeller, progress
+        )
+        if layers:
+            label = f"containerd.io/gc.ref.snapshot.{snapshotter}"
+            await leased.content.set_labels(
+                image.manifest.config.digest, {label: layers[-1].chain_id}
+            )
+        await leased.set_image(reference.name, image.top)
+    return PullResult(
+        reference.name, image.top.digest, image.descriptor.digest, tuple(results), received
+    )
+
+
+async def _layers(
+    containerd: Containerd,
+    registry: Registry,
+    image: Image,
+    snapshotter: str,
+    layers: list[Layer],
+    labeller: metadata.Labeller,
+    progress: Progress,
+) -> tuple[list[LayerResult], int]:
+    failure: LazysnapError | None = None
+    results: list[LayerResult] = []
+    async with trio.open_nursery() as nursery:
+        downloads = Downloads(
+            nursery, containerd.content, registry, image.reference, labeller, progress
+        )
+        unpacker = Unpacker(containerd, snapshotter, layers, downloads, labeller, progress)
+        try:
+            results = await unpacker.run()
+        except LazysnapError as error:
+            failure = error  # raised outside, where it is not wrapped into a group
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return results, downloads.bytes_received

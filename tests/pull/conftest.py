@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A private containerd and images in registries for the tests of this package."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from lazysnap.containerd.client import Containerd
+from lazysnap.oci import OCI_MANIFEST, Platform
+from lazysnap.reference import Reference
+from lazysnap.registry import Registry, RegistrySettings
+from tests.support.containerd import PrivateContainerd, private_containerd
+from tests.support.images import Layout
+from tests.support.registry import FaultyRegistry, faulty_registry
+
+AMD64 = Platform("linux", "amd64")
+
+
+def serve(server: FaultyRegistry, layout: Layout, repository: str = "app") -> Reference:
+    """Put a layout into the faulty registry."""
+    for blob in (layout.path / "blobs/sha256").iterdir():
+        server.add_blob(blob.read_bytes())
+    manifest = layout.path / "blobs/sha256" / layout.manifest.removeprefix("sha256:")
+    server.add_manifest(repository, "latest", OCI_MANIFEST, manifest.read_bytes())
+    return Reference.parse(f"{server.host}/{repository}:latest")
+
+
+@pytest.fixture
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
+    # not tmp_path: the name of a long test makes a path too long for a socket
+    with private_containerd(tmp_path_factory.mktemp("c")) as containerd:
+        yield containerd
+
+
+@pytest.fixture
+async def client(daemon: PrivateContainerd) -> AsyncIterator[Containerd]:
+    async with Containerd(daemon.address) as containerd:
+        yield containerd
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FaultyRegistry]:
+    async with faulty_registry() as server:
+        yield server
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[Registry]:
+    async with Registry(RegistrySettings(retry_seconds=1, stall_seconds=60)) as registry:
+        yield registry
