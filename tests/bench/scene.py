@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One side of a comparison, cold: a fresh containerd, a fresh snapshotter, and an image to pull.
+
+All sides are treated alike; what differs between them stands in `Side`. Nothing of a scene is left
+when its block ends, except the state of a peer, which runs on its own: it is told to remove its
+images, and the command that resets it is run before the next scene.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixtures import sides
+from fixtures.containerd import Containerd, containerd
+from fixtures.images.catalogue import Built
+from fixtures.processes import FixtureError, accepts, daemon, kill_leftovers, run, unmount_below
+from tests.support import compare
+
+from .ledger import Totals
+from .origin import Network, Origin
+
+OVERLAYFS = "overlayfs"
+LAZYSNAP = "lazysnap"
+_SETTLE_SECONDS = 90
+_QUIET_SECONDS = 12
+"""For so long it must have rested: snapshotters wait a while before they work in the background."""
+_AT_REST = 0.03
+"""Seconds of CPU per second that a snapshotter may use which has nothing to do."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A snapshotter to measure.
+
+    Attributes:
+        name: The name under which containerd knows it.
+        socket: Of a peer that runs already; None for containerd's own and for lazysnap.
+        reset: Shell command that makes a peer forget everything and leaves it serving.
+    """
+
+    name: str
+    socket: Path | None = None
+    reset: str = ""
+
+    @property
+    def form(self) -> str:
+        """The form of images it is made for."""
+        return "plain" if self.name == OVERLAYFS else "esgz"
+
+
+class Scene:
+    """What `scene` yields; see the module.
+
+    Args:
+        work: Its directory.
+        side: The snapshotter.
+        network: The way to the registry.
+        origin: The registry.
+        client: The containerd.
+        address: The snapshotter's socket, if it is not containerd's own.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        side: Side,
+        network: Network,
+        origin: Origin,
+        client: Containerd,
+        address: Path | None,
+    ) -> None:
+        self.work = work
+        self.side = side
+        self.network = network
+        self.origin = origin
+        self.client = client
+        self._address = address
+        self._mark = origin.mark()
+        self._containers = 0
+
+    def pull(self, image: Built) -> float:
+        """Pull an image with everything cold; the monotonic time at which that began."""
+        reference = self.origin.reference(image, self.side.form, self.network)
+        sides.drop_page_cache()
+        self._mark = self.origin.mark()
+        began = time.monotonic()
+        run([*self._pull_command(), reference], timeout=300)
+        return began
+
+    def sent(self) -> Totals:
+        """What the registry sent since the pull began."""
+        return self.origin.since(self._mark)
+
+    def start(self, image: Built, command: Sequence[str], expected: str) -> float:
+        """Run a container of a pulled image; the monotonic time of its first output."""
+        self._containers += 1
+        reference = self.origin.reference(image, self.side.form, self.network)
+        options = ("--rm", "--net-host", "--snapshotter", self.side.name)
+        container = f"bench-{os.getpid()}-{self._containers}"
+        words = self.client.command("run", *options, reference, container, *command)
+        return sides.first_output(words, expected)
+
+    @contextlib.contextmanager
+    def mounted(self, image: Built) -> Iterator[Path]:
+        """Mount what a container of a pulled image would see."""
+        chain = compare.chain_id(self.origin.server, image.repository, self.side.form)
+        target = self.work / "mounted"
+        with compare.root_file_system(self.client, self.side.name, chain, target) as root:
+            yield root
+
+    def settle(self) -> None:
+        """Wait until the snapshotter rests: what it fetches in the background is there then."""
+        if self._address is None:
+            return
+        end = time.monotonic() + _SETTLE_SECONDS
+        used, quiet = self._cpu(), 0
+        while time.monotonic() < end:
+            time.sleep(1)
+            before, used = used, self._cpu()
+            quiet = quiet + 1 if used - before <= _AT_REST else 0
+            if quiet == _QUIET_SECONDS:
+                return
+        raise FixtureError(f"{self.side.name} was still busy after {_SETTLE_SECONDS} s")
+
+    def _cpu(self) -> float:
+        """Seconds of CPU that the snapshotter's processes have used."""
+        ticks = 0
+        for pid in self._processes():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> float:
+        """Megabytes of memory of all processes of the snapshotter, shared pages shared out (PSS).
+
+        0 for overlayfs, which lives in containerd and the kernel.
+        """
+        return sum(_pss(pid) for pid in self._processes()) / 1e6
+
+    def disk(self) -> float:
+        """Megabytes on disk that the snapshotter uses; for a peer that keeps them elsewhere, 0."""
+        folder = {OVERLAYFS: "root/io.containerd.snapshotter.v1.overlayfs"}.get(
+            self.side.name, LAZYSNAP
+        )
+        return _allocated(self.work / folder) / 1e6
+
+    def content(self) -> float:
+        """Megabytes on disk of containerd's content store."""
+        return _allocated(self.work / "root/io.containerd.content.v1.content") / 1e6
+
+    def _pull_command(self) -> list[str]:
+        options = ("--plain-http", "--snapshotter", self.side.name)
+        if self.side.name == OVERLAYFS:
+            return self.client.command("images", "pull", *options)
+        if self.side.socket is not None:
+            return self.client.command("images", "rpull", *options, client="ctr-remote")
+        address = ("--address", os.fspath(self.client.address))
+        return [os.fspath(sides.LAZYSNAP), "pull", *address, *options]
+
+    def _processes(self) -> set[int]:
+        """The listener of the snapshotter's socket, its descendants, and who bears its directory."""
+        if self._address is None:
+            return set()
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(os.fspath(self._address))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        found = {struct.unpack("iII", credentials)[0]}
+        needle = os.fsencode(self.work / LAZYSNAP)
+        parents = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit():
+                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                    parents[int(entry.name)] = int(stat[1])
+                    if needle in (entry / "cmdline").read_bytes():
+                        found.add(int(entry.name))
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
+
+@contextlib.contextmanager
+def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator[Scene]:
+    """Set up a side.
+
+    Args:
+        place: Existing directory for the scene's own.
+        origin: The registry.
+        side: The snapshotter.
+        network: The way to the registry.
+    """
+    work = place / "s"
+    work.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            address = side.socket
+            if side.name == LAZYSNAP:
+                address = work / "lazysnap.sock"
+                stack.enter_context(_lazysnap(work, address))
+            elif side.reset:
+                run(["sh", "-c", side.reset], timeout=60)
+            plugins = {} if address is None else {side.name: address}
+            client = stack.enter_context(containerd(work, plugins))
+            it = Scene(work, side, network, origin, client, address)
+            yield it
+            if side.socket is not None:
+                for image in client.ctr("images", "ls", "-q").split():
+                    client.ctr("images", "rm", "--sync", image)
+    except BaseException:
+        _keep_logs(work, place.with_name(f"{place.name}-logs"))
+        raise
+    finally:
+        kill_leftovers(work)
+        unmount_below(work)
+        shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _lazysnap(work: Path, address: Path) -> Iterator[None]:
+    log = work / "lazysnap.log"
+    with daemon(sides.serve(work, address), log, lambda: address.exists() and accepts(address)):
+        yield
+
+
+def _keep_logs(work: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for log in work.glob("*.log"):
+        shutil.copy(log, target)
+
+
+def _pss(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # it has ended, or is a zombie
+    return 0
+
+
+def _allocated(root: Path) -> int:
+    """Bytes on disk below a directory, without what is mounted there."""
+    if not root.exists():
+        return 0
+    done = subprocess.run(
+        ["du", "--summarize", "--one-file-system", "--block-size=1", root],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return int(done.stdout.split()[0])
