@@ -21,6 +21,8 @@ from lazysnap.index.layout import (
     DIRENT,
     KEYS,
     MEMBER,
+    NAME_PREFIX,
+    NAMED,
     NO_MEMBER,
     NODE,
     NUMBER,
@@ -44,6 +46,7 @@ def encode(layer: Layer) -> bytes:
     writer = _Writer(layer)
     writer.number()
     writer.write_nodes()
+    writer.write_names()
     writer.write_chunks()
     return writer.assemble()
 
@@ -60,6 +63,7 @@ class _Writer:
         self.pieces: list[Piece] = []
         self.owners: list[int] = []
         self.xattrs: dict[bytes, int] = {}
+        self.named: dict[bytes, int] = {}  # the first node of each content
         self.total_size = 0
 
     def number(self) -> None:
@@ -104,7 +108,7 @@ class _Writer:
                 first, count = len(self.pieces), len(content.pieces)
                 self.pieces += content.pieces
                 self.owners += [number] * count
-                keys = self._keys(content)
+                keys = self._keys(content, number)
                 self.total_size += content.size
             elif stat.S_ISLNK(node.mode):
                 target = node.link.encode()
@@ -130,13 +134,22 @@ class _Writer:
         if self.total_size >= 1 << 63 or len(text) >= 1 << 32:
             raise FormatError("the layer is too large to be indexed")
 
-    def _keys(self, content: Content) -> int:
+    def _keys(self, content: Content, number: int) -> int:
         """1 + the number of the content's keys; 0 if its chunk's digest is its key."""
         if content.single_digest:
+            self.named.setdefault(content.single_digest, number)
             return 0
         table = self.sections[layout.CONTENT_KEYS]
-        table += KEYS.pack(*content.keys(self.layer.toc.digest.raw))
+        object_key, partial_key = content.keys(self.layer.toc.digest.raw)
+        table += KEYS.pack(object_key, partial_key)
+        self.named.setdefault(partial_key if object_key == NO_KEY else object_key, number)
         return len(table) // KEYS.size
+
+    def write_names(self) -> None:
+        """Write the table by which a content is found by its name."""
+        table = self.sections[layout.BY_NAME]
+        for name in sorted(self.named):
+            table += NAMED.pack(NAME_PREFIX.unpack_from(name)[0], self.named[name])
 
     def _xattrs(self, node: Node) -> int:
         """1 + the offset of the node's extended attributes."""

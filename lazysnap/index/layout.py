@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 
 MAGIC = b"lzsnapix"
-VERSION = 1
+VERSION = 2
 
 # magic, version, checksum of everything behind this field, total length
 PREAMBLE = struct.Struct("<8sIIQ")
@@ -25,8 +25,19 @@ CHECKED_FROM = 16
 FACTS = struct.Struct("<BBBxIQQQqQ32sIIIIq")
 
 SECTION = struct.Struct("<QQ")
-NODES, DIRENTS, IMPLIED_NODES, CONTENT_KEYS, CHUNKS, MEMBERS, MEMBER_CHUNKS, XATTRS, TEXT = range(9)
-SECTION_COUNT = 9
+(
+    NODES,
+    DIRENTS,
+    IMPLIED_NODES,
+    CONTENT_KEYS,
+    CHUNKS,
+    MEMBERS,
+    MEMBER_CHUNKS,
+    XATTRS,
+    TEXT,
+    BY_NAME,
+) = range(10)
+SECTION_COUNT = 10
 
 # As `Attributes`: mode, uid, gid, nlink, rdev, size, mtime, flags. Then, by type:
 #   directory: first dirent, number of dirents
@@ -45,6 +56,9 @@ PLACE_AT = ATTRIBUTES.size
 DIRENT = struct.Struct("<IHxxII")
 DIRENT_SIZE = 16
 NO_DIRENT = 2**32 - 1
+# First 8 bytes of a content's name as a number, and a node that has it; sorted, each content once.
+NAMED = struct.Struct("<QI")
+NAME_PREFIX = struct.Struct(">Q")
 NUMBER = struct.Struct("<I")
 KEYS = struct.Struct("<32s32s")  # object key, partial key
 # node, member (NO_MEMBER: zeros), file offset, size, inner offset, 1 if there is a digest, digest
@@ -66,6 +80,7 @@ RECORD_SIZES = {
     MEMBER_CHUNKS: NUMBER.size,
     XATTRS: 1,
     TEXT: 1,
+    BY_NAME: NAMED.size,
 }
 
 KINDS = ("estargz", "stargz", "zstd:chunked")

@@ -52,6 +52,13 @@ class FileContent(NamedTuple):
     object_key: bytes
     partial_key: bytes | None
 
+    @property
+    def name(self) -> bytes:
+        """What the content is called: the object key, or the partial key if there is none."""
+        if self.object_key == NO_KEY and self.partial_key is not None:
+            return self.partial_key
+        return self.object_key
+
 
 class Chunk(NamedTuple):
     """One chunk of a file. Member -1: all zeros, nothing to fetch."""

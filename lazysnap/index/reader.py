@@ -27,6 +27,8 @@ from lazysnap.index.layout import (
     FILE_OFFSET_AT,
     KEYS,
     MEMBER,
+    NAME_PREFIX,
+    NAMED,
     NO_MEMBER,
     NODE_SIZE,
     NUMBER,
@@ -117,6 +119,7 @@ class LayerIndex:
             self._member_chunks,
             self._xattrs,
             self._text,
+            self._named,
         ) = offsets
         (
             self.node_count,
@@ -128,6 +131,7 @@ class LayerIndex:
             self._member_chunk_count,
             self._xattrs_length,
             self._text_length,
+            self._named_count,
         ) = counts
         if self.node_count == 0:
             raise ValueError("no root")
@@ -308,6 +312,26 @@ class LayerIndex:
             return FileContent(attributes.size, first, count, object_key, partial_key)
         digest = self.chunk(first).digest if count == 1 else None
         return FileContent(attributes.size, first, count, digest or NO_KEY, None)
+
+    def find(self, name: bytes) -> int:
+        """A regular file with the content `name`, see `FileContent.name`, or -1."""
+        (prefix,) = NAME_PREFIX.unpack_from(name)
+        raw, base, size = self._raw, self._named, NAMED.size
+        low, high = 0, self._named_count
+        while low < high:
+            middle = (low + high) // 2
+            if U64.unpack_from(raw, base + middle * size)[0] < prefix:
+                low = middle + 1
+            else:
+                high = middle
+        while low < self._named_count:
+            found, node = NAMED.unpack_from(raw, base + low * size)
+            if found != prefix:
+                break
+            if self.file(node).name == name:
+                return int(node)
+            low += 1
+        return -1
 
     def chunk(self, number: int) -> Chunk:
         """One chunk."""

@@ -139,6 +139,7 @@ def visit(index: LayerIndex) -> None:
         if stat.S_ISREG(mode):
             attempt(index.file, node)
             attempt(lambda number: index.chunk_at(number, 100), node)
+            attempt(lambda number: index.find(index.file(number).name), node)
         if stat.S_ISLNK(mode):
             attempt(index.readlink, node)
     for number in range(index.chunk_count):

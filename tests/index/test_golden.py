@@ -57,8 +57,14 @@ def test_every_file_reads_back(layer: tuple[Layer, list[str]]) -> None:
     for number in range(index.chunk_count):
         node = index.owner(number)
         if index.file(node).first_chunk == number:
-            total += len(read(index, blob.blob, node))
+            data = read(index, blob.blob, node)
+            total += len(data)
+            name = index.file(node).name
+            found = index.find(name)
+            assert index.file(found).name == name
+            assert read(index, blob.blob, found) == data
     assert total == index.total_size > 0
+    assert index.find(bytes(32)) == index.find(b"\xff" * 32) == -1
 
 
 def test_annotations_are_what_is_checked(layer: tuple[Layer, list[str]]) -> None:
