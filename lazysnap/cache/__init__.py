@@ -15,7 +15,7 @@ INDEX_TAIL = ".tail"
 
 
 class Cache:
-    """The three parts of the cache below one directory.
+    """The parts of the cache below one directory.
 
     Args:
         root: the directory, e.g. `/var/lib/lazysnap/cache`; created when missing.
@@ -25,6 +25,9 @@ class Cache:
         self.root = os.path.abspath(root)
         self.index = os.path.join(self.root, "index")
         self.partial = os.path.join(self.root, "partial")
-        for directory in (self.root, self.index, self.partial):
+        self.trees = os.path.join(self.root, "trees")
+        for directory in (self.root, self.index, self.partial, self.trees):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-        self.objects = ObjectStore(os.path.join(self.root, "objects"))
+        self.objects = ObjectStore(
+            os.path.join(self.root, "objects"), os.path.join(self.root, "fresh")
+        )

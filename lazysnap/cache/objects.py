@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complete file contents on disk, `objects/<aa>/<digest>`, shared by all layers and processes.
+"""Complete file contents on disk, shared by all layers and processes.
 
-A content is verified before it is stored, and appears under its name at once and whole. Storing does
-not sync, as that would cost more than the download; instead an object is *sealed* some seconds later,
-after one sync of the file system for all new objects: its modification time is set to a value that is
-computed from its digest. An object that is not sealed (the machine lost power before, or somebody
-wrote to it) is verified again before it is used. Its access time says when it was last opened, to the
-hour. Knows nothing of chunks or layers.
+A content is verified before it is stored, and appears whole, as `fresh/<aa>/<digest>`. Storing does not
+sync, as that would cost more than the download. Some seconds later, after one sync of the file system
+for all that is new, an object is *sealed* (see `stamps`) and moved to `objects/<aa>/<digest>`. There the
+kernel may read it without asking anybody: overlay has that directory as a data-only lower layer. What
+is fresh and not sealed (the machine lost power before) is verified again before it is used; what has
+lost its seal among the objects (somebody wrote to it) becomes fresh again. Knows nothing of chunks or
+layers.
 
 Invariant: `open` never returns an object whose bytes have not been checked against its digest, either
-by this process since it started or before the object was sealed.
+by this process since it started or before the object was sealed; and what is in `objects` is on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import os
@@ -23,96 +23,51 @@ import time
 from collections.abc import Iterator
 
 from lazysnap import log
+from lazysnap.cache import stamps
 from lazysnap.errors import Internal
 
 _log = log.get(__name__)
 _READ_SIZE = 1 << 20
-_NANOSECONDS = 1_000_000_000
-_libc = ctypes.CDLL(None, use_errno=True)
-# Opening marks an object as used at most this often, so that reads cost no writes.
-_TOUCH_NANOSECONDS = 3600 * _NANOSECONDS
 # A file's time stamp comes from a clock that ticks, at HZ=100 every 10 ms.
 _TICK_SECONDS = 0.02
-# From utimensat(2); `os.utime` cannot leave one of the two times alone.
-_NOW = (1 << 30) - 1
-_OMIT = (1 << 30) - 2
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-def _set_times(fd: int, accessed: tuple[int, int], modified: tuple[int, int]) -> None:
-    """futimens(2); each time is seconds and nanoseconds, the latter may be `_NOW` or `_OMIT`."""
-    times = (_Timespec * 2)(_Timespec(*accessed), _Timespec(*modified))
-    if _libc.futimens(fd, times) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "futimens")
-
-
-def touch(fd: int, status: os.stat_result) -> None:
-    """Note that a file of the cache is used, unless that was noted within the last hour.
-
-    Its modification time stays, as it may be a seal.
-
-    Args:
-        fd: the file.
-        status: its status a moment ago.
-    """
-    if abs(time.time_ns() - status.st_atime_ns) > _TOUCH_NANOSECONDS:
-        with contextlib.suppress(OSError):  # on a read-only file system
-            _set_times(fd, (0, _NOW), (0, _OMIT))
-
-
-def seal_time(key: bytes) -> int:
-    """The modification time, in nanoseconds, that marks the object `key` as sealed.
-
-    Within 31 bits of seconds, which every file system can store.
-    """
-    seconds = int.from_bytes(key[:4], "big") >> 1
-    return seconds * _NANOSECONDS + int.from_bytes(key[4:8], "big") % _NANOSECONDS
-
-
-def sync_filesystem(fd: int) -> None:
-    """Write all that is dirty in the file system of `fd` to its disk (syncfs(2)).
-
-    Raises:
-        OSError: the disk refused some of it.
-    """
-    if _libc.syncfs(fd) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "syncfs")
 
 
 class ObjectStore:
-    """The directory of complete contents.
+    """The directories of complete contents.
 
     All methods may be called from any thread. A `key` is the 32 bytes of a content's sha256.
 
     Args:
-        root: the directory; created with its 256 subdirectories when missing.
+        root: the directory of sealed objects; created with its 256 subdirectories when missing.
+        fresh: the directory of new ones, on the same file system; likewise.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, fresh: str) -> None:
         self.root = os.path.abspath(root)
-        os.makedirs(self.root, mode=0o700, exist_ok=True)
-        self._directory = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for number in range(256):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(f"{number:02x}", 0o700, dir_fd=self._directory)
+        self.fresh = os.path.abspath(fresh)
+        self._directory = _open_directory(self.root)
+        self._incoming = _open_directory(self.fresh)
         # Verified by this process and not sealed yet.
-        self._fresh: set[bytes] = set()
+        self._unsealed: set[bytes] = set()
+        # Sealed by this process and not moved yet.
+        self._sealed: set[bytes] = set()
         self._anonymous = True
 
     def close(self) -> None:
-        """Release the directory; objects that were opened stay usable."""
+        """Release the directories; objects that were opened stay usable."""
         os.close(self._directory)
+        os.close(self._incoming)
 
     @staticmethod
     def name(key: bytes) -> str:
-        """The path of an object below the root."""
+        """The path of an object below either directory."""
         text = key.hex()
         return f"{text[:2]}/{text}"
+
+    def path(self, key: bytes) -> str:
+        """Where an object is, or would be if there were one."""
+        settled = os.path.join(self.root, self.name(key))
+        return settled if os.path.exists(settled) else os.path.join(self.fresh, self.name(key))
 
     def open(self, key: bytes, size: int) -> int | None:
         """Open an object that is known to be right without reading it.
@@ -125,15 +80,19 @@ class ObjectStore:
             A file descriptor that the caller closes; None when there is no such object, or one that
             `verify` has to look at first.
         """
-        try:
-            fd = self._open(key)
-        except OSError:
-            return None
-        stat = os.fstat(fd)
-        if stat.st_size == size and (stat.st_mtime_ns == seal_time(key) or key in self._fresh):
-            touch(fd, stat)
-            return fd
-        os.close(fd)
+        for directory in (self._directory, self._incoming):
+            try:
+                fd = self._open(key, directory)
+            except OSError:
+                continue
+            status = os.fstat(fd)
+            sealed = status.st_mtime_ns == stamps.seal_time(key)
+            if status.st_size == size and (sealed or key in self._unsealed):
+                stamps.touch(fd, status)
+                return fd
+            os.close(fd)
+            if directory == self._directory and not sealed:
+                self.demote(key)
         return None
 
     def exists(self, key: bytes, size: int) -> bool:
@@ -142,10 +101,12 @@ class ObjectStore:
         One of another size is either cut off, or right and the size a false claim: neither is worth
         a look at its bytes.
         """
-        try:
-            return os.stat(self.name(key), dir_fd=self._directory).st_size == size
-        except OSError:
-            return False
+        name = self.name(key)
+        for directory in (self._directory, self._incoming):
+            with contextlib.suppress(OSError):
+                if os.stat(name, dir_fd=directory).st_size == size:
+                    return True
+        return False
 
     def verify(self, key: bytes) -> bool:
         """Read an object and check it; a wrong one is removed with a warning.
@@ -153,27 +114,34 @@ class ObjectStore:
         Returns:
             True when `open` will now return it. False when there is none (any more).
         """
-        try:
-            fd = self._open(key)
-        except OSError:
-            return False
-        try:
-            if _sha256(fd) == key:
-                self._fresh.add(key)
-                return True
-        except OSError as error:
-            _log.warning("cached object cannot be read", digest=key.hex(), error=error)
-        finally:
-            os.close(fd)
-        _log.warning("cached object is wrong, removed", digest=key.hex())
-        self.remove(key)
+        found = False
+        for directory in (self._incoming, self._directory):
+            try:
+                fd = self._open(key, directory)
+            except OSError:
+                continue
+            found = True
+            try:
+                if _sha256(fd) == key:
+                    if directory == self._incoming:
+                        self._unsealed.add(key)
+                    return True
+            except OSError as error:
+                _log.warning("cached object cannot be read", digest=key.hex(), error=error)
+            finally:
+                os.close(fd)
+        if found:
+            _log.warning("cached object is wrong, removed", digest=key.hex())
+            self.remove(key)
         return False
 
     def remove(self, key: bytes) -> None:
         """Remove an object; those who have it open can go on reading it."""
-        self._fresh.discard(key)
-        with contextlib.suppress(OSError):
-            os.unlink(self.name(key), dir_fd=self._directory)
+        self._unsealed.discard(key)
+        self._sealed.discard(key)
+        for directory in (self._directory, self._incoming):
+            with contextlib.suppress(OSError):
+                os.unlink(self.name(key), dir_fd=directory)
         self.note_removal()
 
     def generation(self) -> int:
@@ -203,11 +171,11 @@ class ObjectStore:
                 view = view[os.write(fd, view) :]
             self._publish(fd, temporary, name)
             # Not before: until now the name may have stood for a wrong object.
-            self._fresh.add(key)
+            self._unsealed.add(key)
         except OSError:
             if temporary is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._directory)
+                    os.unlink(temporary, dir_fd=self._incoming)
             raise
         finally:
             os.close(fd)
@@ -231,15 +199,18 @@ class ObjectStore:
                 return False
             # Not renamed: since it was read, another file can have got its name.
             self._publish(fd, None, self.name(key))
-            self._fresh.add(key)
+            self._unsealed.add(key)
         finally:
             os.close(fd)
         with contextlib.suppress(OSError):
             os.unlink(path)
         return True
 
-    def seal(self) -> int:
-        """Sync, then mark all that was stored since the last call as sealed.
+    def seal(self, *, settle: bool = True) -> int:
+        """Sync, then seal all that was stored since the last call and move it to the objects.
+
+        Args:
+            settle: move what is sealed; otherwise that is left to a later call.
 
         Returns:
             How many objects were sealed.
@@ -247,91 +218,143 @@ class ObjectStore:
         Raises:
             Internal: the disk did not take all that was written; nothing is sealed.
         """
-        fresh = list(self._fresh)
-        if not fresh:
-            return 0
-        before = time.time_ns()
-        time.sleep(_TICK_SECONDS)
-        try:
-            sync_filesystem(self._directory)
-        except OSError as error:
-            raise Internal(f"syncing the cache failed: {error}") from error
         sealed = 0
-        for key in fresh:
-            with contextlib.suppress(OSError):
-                if not self._seal(key, before):
-                    continue
-                sealed += 1
-            self._fresh.discard(key)
+        if unsealed := list(self._unsealed):
+            before = time.time_ns()
+            time.sleep(_TICK_SECONDS)
+            try:
+                stamps.sync_filesystem(self._incoming)
+            except OSError as error:
+                raise Internal(f"syncing the cache failed: {error}") from error
+            for key in unsealed:
+                with contextlib.suppress(OSError):  # removed, or moved by another process
+                    if not self._seal(key, before):
+                        continue
+                    self._sealed.add(key)
+                    sealed += 1
+                self._unsealed.discard(key)
+        if settle:
+            while self._sealed:
+                self._settle(self._sealed.pop())
         return sealed
 
     def _seal(self, key: bytes, before: int) -> bool:
         """Mark one object, unless it was written after `before` and may not have been synced."""
-        fd = self._open(key)
+        fd = self._open(key, self._incoming)
         try:
             # Another process can have replaced it by one that is as right, but not on the disk yet.
             modified = os.fstat(fd).st_mtime_ns
-            if modified == seal_time(key):
+            if modified == stamps.seal_time(key):
                 return True
             if modified > before:
                 return False
-            _set_times(fd, (0, _OMIT), divmod(seal_time(key), _NANOSECONDS))
+            stamps.seal(fd, key)
         finally:
             os.close(fd)
         return True
 
-    def _open(self, key: bytes) -> int:
+    def _settle(self, key: bytes) -> None:
+        """Move a sealed object to where the kernel finds it."""
+        name = self.name(key)
+        with contextlib.suppress(OSError):  # moved by another process, or removed
+            os.rename(name, name, src_dir_fd=self._incoming, dst_dir_fd=self._directory)
+
+    def demote(self, key: bytes) -> None:
+        """Have an object verified before its next use, and out of the kernel's sight until then."""
+        name = self.name(key)
+        with contextlib.suppress(OSError):
+            # Not over a fresh one, which may be right.
+            if os.path.exists(os.path.join(self.fresh, name)):
+                os.unlink(name, dir_fd=self._directory)
+            else:
+                os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
+            self.note_removal()
+
+    def recover(self) -> tuple[int, int]:
+        """Put in order what earlier processes left, and what was done to it since.
+
+        Returns:
+            How many sealed objects were moved, and how many objects had lost their seals.
+        """
+        settled = demoted = 0
+        for key, status in _scan(self.fresh):
+            if status.st_mtime_ns == stamps.seal_time(key):
+                self._settle(key)
+                settled += 1
+        for key, status in _scan(self.root):
+            if status.st_mtime_ns != stamps.seal_time(key):
+                self.demote(key)
+                demoted += 1
+        if demoted:
+            _log.warning("cached objects were changed, they are verified again", objects=demoted)
+        return settled, demoted
+
+    def _open(self, key: bytes, directory: int) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
         try:
             # Else the kernel would write the access time of whatever has a seal in the future.
-            return os.open(self.name(key), flags | os.O_NOATIME, dir_fd=self._directory)
+            return os.open(self.name(key), flags | os.O_NOATIME, dir_fd=directory)
         except PermissionError:  # only its owner may do that
-            return os.open(self.name(key), flags, dir_fd=self._directory)
+            return os.open(self.name(key), flags, dir_fd=directory)
 
     def __iter__(self) -> Iterator[tuple[bytes, os.stat_result]]:
         """All objects with their status; not those that come or go meanwhile."""
-        for number in range(256):
-            with os.scandir(os.path.join(self.root, f"{number:02x}")) as entries:
-                for entry in entries:
-                    with contextlib.suppress(ValueError, OSError):
-                        key = bytes.fromhex(entry.name)
-                        if len(key) == 32:
-                            yield key, entry.stat(follow_symlinks=False)
+        yield from _scan(self.root)
+        yield from _scan(self.fresh)
 
     def _create(self, name: str) -> tuple[int, str | None]:
         """A new file that has no name yet, or where the file system cannot do that, a temporary one."""
         if self._anonymous:
             try:
                 flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-                return os.open(name[:2], flags, 0o600, dir_fd=self._directory), None
+                return os.open(name[:2], flags, 0o600, dir_fd=self._incoming), None
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                     raise
                 self._anonymous = False
         temporary = _temporary_name(name)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        return os.open(temporary, flags, 0o600, dir_fd=self._directory), temporary
+        return os.open(temporary, flags, 0o600, dir_fd=self._incoming), temporary
 
     def _publish(self, fd: int, temporary: str | None, name: str) -> None:
         if temporary is not None:
-            os.rename(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(temporary, name, src_dir_fd=self._incoming, dst_dir_fd=self._incoming)
             return
         source = f"/proc/self/fd/{fd}"
         try:
-            os.link(source, name, dst_dir_fd=self._directory, follow_symlinks=True)
+            os.link(source, name, dst_dir_fd=self._incoming, follow_symlinks=True)
             return
         except FileExistsError:
             pass
         # What is there may be wrong, which is why its content is being stored now. It is replaced at
         # once: if it is right, nobody shall miss it for a moment.
         temporary = _temporary_name(name)
-        os.link(source, temporary, dst_dir_fd=self._directory, follow_symlinks=True)
+        os.link(source, temporary, dst_dir_fd=self._incoming, follow_symlinks=True)
         try:
-            os.rename(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(temporary, name, src_dir_fd=self._incoming, dst_dir_fd=self._incoming)
         finally:
             # Still there if both were names of one file, as when another process has just adopted it.
             with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=self._directory)
+                os.unlink(temporary, dir_fd=self._incoming)
+
+
+def _open_directory(path: str) -> int:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for number in range(256):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(f"{number:02x}", 0o700, dir_fd=fd)
+    return fd
+
+
+def _scan(directory: str) -> Iterator[tuple[bytes, os.stat_result]]:
+    for number in range(256):
+        with os.scandir(os.path.join(directory, f"{number:02x}")) as entries:
+            for entry in entries:
+                with contextlib.suppress(ValueError, OSError):
+                    key = bytes.fromhex(entry.name)
+                    if len(key) == 32:
+                        yield key, entry.stat(follow_symlinks=False)
 
 
 def _temporary_name(name: str) -> str:

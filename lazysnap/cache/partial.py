@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from lazysnap.cache.objects import touch
+from lazysnap.cache.stamps import touch
 
 _MISSING = b"\0"
 _PRESENT = b"\1"

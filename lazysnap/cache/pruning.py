@@ -50,7 +50,8 @@ def leftovers(cache: Cache, used_indexes: Iterable[str]) -> list[Leftover]:
     used = set(used_indexes)
     found = list(_in(cache, "index", lambda entry, _: _index_leftover(entry.name, used)))
     for number in range(256):
-        found += _in(cache, f"objects/{number:02x}", _object_leftover)
+        for place in ("objects", "fresh"):
+            found += _in(cache, f"{place}/{number:02x}", _object_leftover)
     return found + list(_in(cache, "partial", _partial_leftover(cache)))
 
 

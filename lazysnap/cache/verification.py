@@ -111,7 +111,7 @@ class _Verifier:
         problem = ""
         hasher = hashlib.sha256()
         try:
-            for piece in self._pieces(os.path.join(self._cache.objects.root, name)):
+            for piece in self._pieces(self._cache.objects.path(entry.key)):
                 hasher.update(piece)
             if hasher.digest() != entry.key:
                 problem = f"its digest is {hasher.hexdigest()}"

@@ -14,6 +14,8 @@ from lazysnap.layers.profile import Read, coalesce
 
 # A start that reads more often than this is not helped by a profile.
 _MOST = 50_000
+# What reads more than this is not waited for.
+_STARTS_AT_MOST = 10_000
 # Who has not come for a session by then never will.
 _EXPIRES_SECONDS = 3600.0
 
@@ -52,6 +54,11 @@ class Recorder:
     def idle(self) -> bool:
         """Whether nobody wants the notes."""
         return not self._sessions
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether so little was read that it may be a start, and no copying of everything."""
+        return bool(self._sessions) and len(self._notes) < _STARTS_AT_MOST
 
     def note(self, node: int, offset: int, size: int) -> None:
         """A range of a file is read now.

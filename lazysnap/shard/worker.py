@@ -58,6 +58,7 @@ from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations, activity
 from lazysnap.shard.settings import FIRST_XATTR_SHARD, ShardSettings, read_settings
+from lazysnap.shard.settling import Settling
 
 _log = log.get(__name__)
 EXIT_UNMOUNTED = 0
@@ -66,6 +67,8 @@ EXIT_RESTART = 75
 _QUIET_SECONDS = 0.5
 _QUIET_MOST_SECONDS = 3.0
 _DESCRIPTORS = 1 << 16
+# Longest wait, before a use, until all objects in the cache were looked at.
+_CHECKED_SECONDS = 2.0
 
 
 class Worker:
@@ -102,6 +105,7 @@ class Worker:
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
         self._blobs: dict[str, RemoteBlob] = {}
         self._health = LayerHealth(self.cache, settings)
+        self.settling = Settling(self.contents, settings.seal_seconds, self._start_is_watched)
         self._started = time.monotonic()
 
     def _make_reader(self, record: SlotRecord, index: LayerIndex) -> LayerReader:
@@ -216,6 +220,8 @@ class Worker:
         `failed`: not even the tree can be served.
         """
         result: dict[int, dict[str, str]] = {}
+        with trio.move_on_after(_CHECKED_SECONDS):
+            await self.settling.checked.wait()
 
         async def look(slot: int) -> None:
             try:
@@ -310,15 +316,10 @@ class Worker:
 
         self._nursery.start_soon(later)
 
-    async def seal(self) -> None:
-        """Sync and seal what was stored, every few seconds, for ever."""
-        while True:
-            await trio.sleep(self.settings.seal_seconds)
-            try:
-                if await trio.to_thread.run_sync(self.cache.objects.seal):
-                    await trio.to_thread.run_sync(memory.give_back)
-            except LazysnapError as error:
-                _log.error("cache not synced", error=error)
+    def _start_is_watched(self) -> bool:
+        loaded = (self.layers.get(slot) for slot in self.layers.slots_loaded())
+        recorders = (layer.recorder for layer in loaded if layer is not None)
+        return any(recorder is not None and recorder.worthwhile for recorder in recorders)
 
 
 async def _quiet() -> None:
@@ -351,7 +352,7 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
         Operations(worker.layers, root, xattrs=xattrs).install(target)
         socket_path = os.path.join(root, "shards", f"{number}.sock")
         await nursery.start(channel.serve, socket_path, worker.handlers())
-        nursery.start_soon(worker.seal)
+        nursery.start_soon(worker.settling.run)
         nursery.start_soon(keep_within_limits, worker.contents, worker.evictor)
         nursery.start_soon(worker.resume)
         _log.info("worker serves", shard=number, pid=os.getpid(), version=lazysnap.__version__)

@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from lazysnap.cache import Cache, PartialFile, objects
+from lazysnap.cache import Cache, PartialFile, objects, stamps
 from lazysnap.cache.eviction import CacheLimits, Evictor
 from lazysnap.cache.inventory import entries
 from lazysnap.cache.pruning import leftovers, remove_leftover
@@ -53,8 +53,8 @@ class Killer:
         sys.addaudithook(lambda event, _: self.step() if event in _EVENTS else None)
         os.write = self._writing(os.write)  # type: ignore[assignment]  # same signature
         os.pwrite = self._writing(os.pwrite)  # type: ignore[assignment]
-        objects._set_times = self._before(objects._set_times)
-        objects.sync_filesystem = self._before(objects.sync_filesystem)
+        stamps._set_times = self._before(stamps._set_times)
+        stamps.sync_filesystem = self._before(stamps.sync_filesystem)
 
     def step(self) -> bool:
         """Whether it is this call; then the process ends, unless the call is to be torn."""
@@ -110,8 +110,8 @@ def work(cache: Cache, tell: Callable[[str], object]) -> None:
     store.seal()
     tell("b")
     tell("c")
-    path = os.path.join(store.root, store.name(KEYS["old"]))
-    os.utime(path, ns=(1, objects.seal_time(KEYS["old"])))
+    path = store.path(KEYS["old"])
+    os.utime(path, ns=(1, stamps.seal_time(KEYS["old"])))
     Evictor(cache, CacheLimits(50_000, reserve_bytes=0, reserve_percent=0)).look()
     store.put(KEYS["old"], CONTENTS["old"])  # again, over what may be there
     store.put(KEYS["a"], CONTENTS["a"])

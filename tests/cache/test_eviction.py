@@ -16,7 +16,7 @@ import pytest
 from lazysnap.cache import Cache, PartialFile
 from lazysnap.cache.eviction import CacheLimits, Evictor
 from lazysnap.cache.inventory import Kind, entries
-from lazysnap.cache.objects import seal_time
+from lazysnap.cache.stamps import seal_time
 from tests.support.filesystems import tmpfs
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def _put(cache: Cache, number: int, size: int, age: float | None = None) -> byte
     cache.objects.put(key, data)
     if age is not None:
         used = time.time_ns() - int(age * 1e9)
-        path = os.path.join(cache.objects.root, cache.objects.name(key))
+        path = cache.objects.path(key)
         os.utime(path, ns=(used, seal_time(key)))
     return key
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lazysnap.cache import objects
-from lazysnap.cache.objects import ObjectStore, seal_time
+from lazysnap.cache import objects, stamps
+from lazysnap.cache.objects import ObjectStore
+from lazysnap.cache.stamps import seal_time
 
 DATA = b"the content of a file\n" * 1000
 KEY = hashlib.sha256(DATA).digest()
@@ -20,7 +21,7 @@ KEY = hashlib.sha256(DATA).digest()
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ObjectStore]:
-    store = ObjectStore(str(tmp_path / "objects"))
+    store = ObjectStore(str(tmp_path / "objects"), str(tmp_path / "fresh"))
     yield store
     store.close()
 
@@ -34,12 +35,12 @@ def _read(store: ObjectStore, key: bytes = KEY, size: int = len(DATA)) -> bytes 
 
 
 def _path(store: ObjectStore) -> Path:
-    return Path(store.root, store.name(KEY))
+    return Path(store.path(KEY))
 
 
 def _again(store: ObjectStore) -> ObjectStore:
     """The store as another process, or one after a crash, sees it."""
-    return ObjectStore(store.root)
+    return ObjectStore(store.root, store.fresh)
 
 
 def test_what_was_put_can_be_opened(store: ObjectStore) -> None:
@@ -160,10 +161,10 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path) -> None:
     mountpoint = tmp_path / "small"
     mountpoint.mkdir()
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=300", "none", str(mountpoint)], check=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=600", "none", str(mountpoint)], check=True
     )
     try:
-        store = ObjectStore(str(mountpoint / "objects"))
+        store = ObjectStore(str(mountpoint / "objects"), str(mountpoint / "fresh"))
         data = os.urandom(2 << 20)
         key = hashlib.sha256(data).digest()
         with pytest.raises(OSError, match="No space") as caught:
@@ -201,14 +202,14 @@ def test_what_replaced_an_object_after_the_sync_is_not_sealed(
 ) -> None:
     store.put(KEY, DATA)
     other = _again(store)
-    sync = objects.sync_filesystem
+    sync = stamps.sync_filesystem
 
     def sync_and_lose(fd: int) -> None:
         sync(fd)
         other.remove(KEY)
         other.put(KEY, DATA)
 
-    monkeypatch.setattr(objects, "sync_filesystem", sync_and_lose)
+    monkeypatch.setattr(stamps, "sync_filesystem", sync_and_lose)
     assert store.seal() == 0
     assert _path(store).stat().st_mtime_ns != seal_time(KEY)
 
@@ -239,3 +240,57 @@ def test_a_removal_begins_another_generation(store: ObjectStore) -> None:
     assert store.generation() == before
     other.remove(KEY)
     assert store.generation() != before
+
+
+def test_only_what_is_sealed_is_among_the_objects_that_the_kernel_reads(store: ObjectStore) -> None:
+    settled, fresh = Path(store.root, store.name(KEY)), Path(store.fresh, store.name(KEY))
+    store.put(KEY, DATA)
+    assert fresh.exists()
+    assert not settled.exists()
+    assert store.seal(settle=False) == 1
+    assert fresh.exists()
+    assert not settled.exists()
+    assert _read(_again(store)) == DATA
+    store.seal()
+    assert settled.exists()
+    assert not fresh.exists()
+    assert _read(store) == DATA
+
+
+def test_what_a_dead_process_has_sealed_is_moved_by_the_next(store: ObjectStore) -> None:
+    store.put(KEY, DATA)
+    store.seal(settle=False)
+    assert _again(store).recover() == (1, 0)
+    assert Path(store.root, store.name(KEY)).exists()
+
+
+@pytest.mark.parametrize("noticed_by", ["open", "recover"])
+def test_a_changed_object_is_taken_away_from_the_kernel(
+    store: ObjectStore, noticed_by: str
+) -> None:
+    store.put(KEY, DATA)
+    store.seal()
+    settled = Path(store.root, store.name(KEY))
+    with settled.open("r+b") as file:
+        file.write(b"THE")
+    other = _again(store)
+    before = other.generation()
+    if noticed_by == "open":
+        assert _read(other) is None
+    else:
+        assert other.recover() == (0, 1)
+    assert not settled.exists()
+    assert other.generation() != before
+    assert not other.verify(KEY)
+    other.put(KEY, DATA)
+    other.seal()
+    assert settled.read_bytes() == DATA
+
+
+def test_a_changed_object_does_not_replace_a_right_one(store: ObjectStore) -> None:
+    store.put(KEY, DATA)
+    store.seal()
+    Path(store.root, store.name(KEY)).write_bytes(b"wrong")
+    store.put(KEY, DATA)
+    store.demote(KEY)
+    assert _read(store) == DATA

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lazysnap.cache import Cache, PartialFile
-from lazysnap.cache.objects import seal_time
+from lazysnap.cache.stamps import seal_time
 from lazysnap.cli import main
 from lazysnap.index.codec import build, encode
 from lazysnap.index.model import FileContent
@@ -49,7 +49,10 @@ class Scene:
         partial.close()
         self.key = hashlib.sha256(b"small").digest()
         self.cache.objects.put(self.key, b"small")
-        self.object = Path(self.cache.objects.root, self.cache.objects.name(self.key))
+
+    @property
+    def object(self) -> Path:
+        return Path(self.cache.objects.path(self.key))
 
     def use_index(self) -> None:
         record = SlotRecord(
