@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -51,6 +52,7 @@ async def run(config: Config, *, unmount_on_exit: bool) -> None:
     lock = _lock_root(root)
     try:
         _check_address(config.address)
+        _introduce(root, config.address)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
 
@@ -165,6 +167,18 @@ def _limits(config: Config) -> Limits:
         bytes_per_second=-(-config.fetch.bytes_per_second // shards),
         host_bytes_per_second=-(-config.fetch.host_bytes_per_second // shards),
     )
+
+
+def _introduce(root: str, address: str) -> None:
+    """Say in `daemon.json` who serves the root; it counts as long as `lock` is held."""
+    path = os.path.join(root, "daemon.json")
+    facts = {"pid": os.getpid(), "version": lazysnap.__version__, "address": address}
+    try:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump(facts, file)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        _log.warning("cannot write who serves the root", path=path, error=error)
 
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:

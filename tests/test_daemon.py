@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import lazysnap
 from fixtures.processes import accepts, kill_leftovers, unmount_below
 from lazysnap import mounts
 from lazysnap.supervisor import Supervisor
@@ -73,6 +75,16 @@ def test_a_second_daemon_is_refused(daemon: Lazysnap, tmp_path: Path, same: str)
     assert hint.startswith("hint: ")
     assert _processes(tmp_path / "r2") == []
     assert daemon.call(0, "ping")["shard"] == 0
+
+
+def test_it_says_who_serves_the_root(daemon: Lazysnap) -> None:
+    daemon.start()
+    facts = json.loads((daemon.root / "daemon.json").read_text())
+    assert facts == {
+        "pid": daemon.pid,
+        "version": lazysnap.__version__,
+        "address": str(daemon.address),
+    }
 
 
 def test_errors_while_starting_are_messages(tmp_path: Path) -> None:

@@ -26,7 +26,14 @@ import trio
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from lazysnap.containerd._pb import diff_pb2, images_pb2, leases_pb2, namespaces_pb2, version_pb2
+from lazysnap.containerd._pb import (
+    diff_pb2,
+    images_pb2,
+    introspection_pb2,
+    leases_pb2,
+    namespaces_pb2,
+    version_pb2,
+)
 from lazysnap.containerd._pb.types.descriptor_pb2 import Descriptor as _Descriptor
 from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.containerd.connection import Connection
@@ -64,6 +71,25 @@ class Image:
     digest: str
     size: int
     labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin that containerd knows.
+
+    Attributes:
+        type: such as `io.containerd.snapshotter.v1`.
+        id: its name among those of its type.
+        exports: what it tells of itself, from the configuration for a proxy plugin.
+        capabilities: likewise.
+        error: why it was not loaded; empty if it was.
+    """
+
+    type: str
+    id: str
+    exports: Mapping[str, str]
+    capabilities: tuple[str, ...]
+    error: str
 
 
 class Containerd:
@@ -121,6 +147,19 @@ class Containerd:
             what="version",
         )
         return answer.version
+
+    async def plugins(self) -> list[Plugin]:
+        """All plugins, loaded or not."""
+        answer = await self._connection.unary(
+            "containerd.services.introspection.v1.Introspection/Plugins",
+            introspection_pb2.PluginsRequest(),
+            introspection_pb2.PluginsResponse,
+            what="list of plugins",
+        )
+        return [
+            Plugin(p.type, p.id, dict(p.exports), tuple(p.capabilities), p.init_err.message)
+            for p in answer.plugins
+        ]
 
     async def namespaces(self) -> list[str]:
         """All namespaces."""

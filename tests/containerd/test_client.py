@@ -24,6 +24,16 @@ async def test_version_is_that_of_ctr(daemon: PrivateContainerd, client: Contain
     assert await client.version() in daemon.ctr("version")
 
 
+async def test_plugins_are_those_of_ctr(daemon: PrivateContainerd, client: Containerd) -> None:
+    rows = [line.split() for line in daemon.ctr("plugins", "ls").splitlines()[1:]]
+    found = {(plugin.type, plugin.id): plugin for plugin in await client.plugins()}
+    assert set(found) == {(row[0], row[1]) for row in rows}
+    assert all(not found[row[0], row[1]].error for row in rows if row[-1] == "ok")
+    assert all(found[row[0], row[1]].error for row in rows if row[-1] == "error")
+    overlayfs = found["io.containerd.snapshotter.v1", "overlayfs"]
+    assert overlayfs.exports["root"].startswith(str(daemon.directory))
+
+
 @pytest.mark.parametrize("kind", ["absent", "not-listening", "too-long"])
 async def test_a_dead_socket_says_what_to_do(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("x" * 200 if kind == "too-long" else "c.sock")
