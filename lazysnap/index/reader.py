@@ -30,6 +30,7 @@ from lazysnap.index.layout import (
     NAME_PREFIX,
     NAMED,
     NO_MEMBER,
+    NODE,
     NODE_SIZE,
     NUMBER,
     PLACE,
@@ -42,6 +43,8 @@ from lazysnap.index.model import NO_KEY, Attributes, Chunk, FileContent, Member
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_BATCH = 4096  # nodes that `rows` reads at once
 
 
 class LayerIndex:
@@ -64,7 +67,7 @@ class LayerIndex:
         toc_digest: sha256 of the uncompressed table of contents.
         recorded_root: attributes that the layer lists for its root, if it does. An unpack ignores
             them, so `attributes(0)` are those of an unpacked layer: mode 0755, owner 0:0.
-        node_count, chunk_count, member_count: how many there are.
+        node_count, dirent_count, chunk_count, member_count: how many there are.
 
     Raises:
         FormatError: not an index of this version, or damaged.
@@ -123,7 +126,7 @@ class LayerIndex:
         ) = offsets
         (
             self.node_count,
-            self._dirent_count,
+            self.dirent_count,
             self._implied_count,
             self._key_count,
             self.chunk_count,
@@ -212,7 +215,7 @@ class LayerIndex:
         if not stat.S_ISDIR(self._mode(node)):
             return 0, 0
         first, count, *_ = self._place(node)
-        if first + count > self._dirent_count:
+        if first + count > self.dirent_count:
             raise _damaged("directory")
         return first, count
 
@@ -269,7 +272,7 @@ class LayerIndex:
     def _first_name(self, node: int) -> tuple[bytes, int]:
         """The first name of a node other than the root, and the directory that it is in."""
         number = self._place(node)[4]
-        if number >= self._dirent_count:
+        if number >= self.dirent_count:
             raise _damaged("name")
         name, _, parent = self._dirent(number)
         return name, parent
@@ -292,6 +295,32 @@ class LayerIndex:
             parts.append(name)
         raise _damaged("path")
 
+    # All of a tree, for those who copy it.
+
+    def rows(self) -> Iterator[tuple[int, ...]]:
+        """The record of each node, see `layout.NODE`, in the order of their numbers."""
+        raw, step = self._raw, _BATCH * NODE_SIZE
+        end = self._nodes + self.node_count * NODE_SIZE
+        for at in range(self._nodes, end, step):
+            yield from NODE.iter_unpack(raw[at : min(at + step, end)])
+
+    def listing(self, first: int, count: int) -> tuple[list[bytes], list[int]]:
+        """Names in a directory, and their nodes.
+
+        Args:
+            first: its first dirent, as its row tells.
+            count: how many dirents it has.
+        """
+        if first + count > self.dirent_count:
+            raise _damaged("directory")
+        raw, text = self._raw, self._text
+        at = self._dirents + first * DIRENT_SIZE
+        found = [
+            (raw[text + offset : text + offset + length], node)
+            for offset, length, node, _ in DIRENT.iter_unpack(raw[at : at + count * DIRENT_SIZE])
+        ]
+        return [name for name, _ in found], [node for _, node in found]
+
     # Contents.
 
     def file(self, node: int) -> FileContent:
@@ -304,14 +333,27 @@ class LayerIndex:
         if not stat.S_ISREG(attributes.mode):
             raise InvalidArgument(f"node {node} is not a regular file")
         first, count, _, keys, _ = self._place(node)
+        return FileContent(attributes.size, first, count, *self.content_keys(first, count, keys))
+
+    def content_keys(self, first: int, count: int, keys: int) -> tuple[bytes, bytes | None]:
+        """Object key and partial key of a regular file, see `FileContent`.
+
+        Args:
+            first: its first chunk.
+            count: how many chunks it has.
+            keys: 1 + the number of its keys; 0: none.
+        """
         if first + count > self.chunk_count or keys > self._key_count:
             raise _damaged("file")
         if keys:
             at = self._keys + (keys - 1) * KEYS.size
             object_key, partial_key = KEYS.unpack_from(self._raw, at)
-            return FileContent(attributes.size, first, count, object_key, partial_key)
-        digest = self.chunk(first).digest if count == 1 else None
-        return FileContent(attributes.size, first, count, digest or NO_KEY, None)
+            return object_key, partial_key
+        if count == 1:
+            *_, checked, digest = CHUNK.unpack_from(self._raw, self._chunks + first * CHUNK.size)
+            if checked:
+                return digest, None
+        return NO_KEY, None
 
     def find(self, name: bytes) -> int:
         """A regular file with the content `name`, see `FileContent.name`, or -1."""
