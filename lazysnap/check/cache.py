@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache: its size, and whether a sample of it is what its names promise."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from functools import partial
+
+from lazysnap.cache import Cache
+from lazysnap.check.finding import Context, Finding, Fix, Probe, failure, warning
+
+_SAMPLE = 64
+_SAMPLE_BYTES = 256 << 20
+_SAMPLE_SECONDS = 8.0
+_NAME = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_BLOCK = 512
+_MEGABYTE = 1_000_000
+# What has just been stored is evicted a little later.
+_EXCESS = 1.1
+
+
+def size(context: Context) -> Iterator[Finding]:
+    """Whether the cache keeps to its limit; counted only if there is one."""
+    limit = context.cache.size_limit_bytes
+    if not limit:
+        return
+    taken = 0
+    for part in ("objects", "fresh", "partial"):
+        for directory, _, names in os.walk(context.below_root("cache", part)):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    taken += os.lstat(os.path.join(directory, name)).st_blocks * _BLOCK
+    if taken > limit * _EXCESS:
+        yield warning(
+            f"the cache takes {taken // _MEGABYTE} MB, its limit is {limit // _MEGABYTE} MB",
+            "nothing has evicted what is too much: perhaps no shard runs",
+            f"lazysnap cache prune --to-size {limit}",
+        )
+
+
+def sample(context: Context) -> Iterator[Finding]:
+    """Reads some objects, chosen at random, and compares them with their names."""
+    end = time.monotonic() + _SAMPLE_SECONDS
+    checked, left = 0, _SAMPLE_BYTES
+    for path in _at_random(context.below_root("cache", "objects")):
+        if checked == _SAMPLE or left <= 0 or time.monotonic() > end:
+            return
+        try:
+            with open(path, "rb") as file:
+                left -= os.fstat(file.fileno()).st_size
+                # Not what happens to be in memory: the disk's bytes are the question.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                problem = ""
+                if hashlib.file_digest(file, "sha256").hexdigest() != os.path.basename(path):
+                    problem = "its bytes are not those that its name promises"
+        except FileNotFoundError:
+            continue  # evicted
+        except OSError as error:
+            problem = f"it cannot be read: {error.strerror}"
+        checked += 1
+        if problem:
+            yield failure(
+                f"{path} is damaged: {problem}",
+                "containers may read wrong bytes; the disk may be failing",
+                "lazysnap cache verify --fix checks everything; see the kernel log for I/O errors",
+                Fix(partial(_remove, context.below_root("cache"), os.path.basename(path)), False),
+            )
+
+
+def _at_random(directory: str) -> Iterator[str]:
+    """Objects in a random order of their 256 directories, and in each of these."""
+    try:
+        parts = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    random.shuffle(parts)
+    for part in parts:
+        names = [n for n in os.listdir(os.path.join(directory, part)) if _NAME.fullmatch(n)]
+        random.shuffle(names)
+        for name in names:
+            yield os.path.join(directory, part, name)
+
+
+def _remove(directory: str, name: str) -> str:
+    cache = Cache(directory)
+    try:
+        # Not just its file: who has it open has to learn that it is gone.
+        cache.objects.remove(bytes.fromhex(name))
+    finally:
+        cache.objects.close()
+    return f"removed {name}: it is fetched again when it is needed"
+
+
+PROBES = (
+    Probe("cache-size", "the cache keeps to its limit", size),
+    Probe("cache-sample", "a sample of the cache is right", sample),
+)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All probes, in the order in which their findings are shown: from the machine up to images."""
+
+from __future__ import annotations
+
+from lazysnap.check import (
+    cache,
+    containerd,
+    daemon,
+    disk,
+    image,
+    kernel,
+    mounted,
+    overlay,
+    registry,
+    shards,
+    store,
+)
+from lazysnap.check.finding import Probe
+
+PROBES: tuple[Probe, ...] = (
+    *kernel.PROBES,
+    *overlay.PROBES,
+    *disk.PROBES,
+    *cache.PROBES,
+    *store.PROBES,
+    *mounted.PROBES,
+    *shards.PROBES,
+    *daemon.PROBES,
+    *containerd.PROBES,
+    *registry.PROBES,
+    *image.PROBES,
+)

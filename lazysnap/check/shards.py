@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shards: their processes, their file systems, and the layers that they serve."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+import lazysnap
+from lazysnap import channel, mounts
+from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
+from lazysnap.check.state import ask_file_system, running_daemon, runs, slots
+from lazysnap.errors import LazysnapError
+from lazysnap.layers.slots import SlotRecord
+
+# Long: a worker that is busy is not a dead one.
+_CALL_SECONDS = 15.0
+_HEALTH_SECONDS = 30.0
+_FILE = re.compile(r"(\d+)\.(?:lock|sock)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard as its files and its worker show it.
+
+    Attributes:
+        number: of the shard.
+        keeper: process id of its keeper, 0 if it has none.
+        who: what its worker answers to `ping`, None if it does not.
+        slots: of layers on it.
+    """
+
+    number: int
+    keeper: int
+    who: dict[str, Any] | None
+    slots: tuple[int, ...]
+
+
+async def _call(context: Context, shard: int, name: str, seconds: float, **args: Any) -> Any:
+    path = context.below_root("shards", f"{shard}.sock")
+    return await channel.call(path, name, timeout=seconds, **args)
+
+
+def _numbers(context: Context, records: Sequence[SlotRecord]) -> set[int]:
+    try:
+        names = os.listdir(context.below_root("shards"))
+    except FileNotFoundError:
+        names = []
+    found = {int(match[1]) for match in map(_FILE.fullmatch, names) if match}
+    return found | {record.shard for record in records}
+
+
+async def shards(context: Context) -> list[Shard]:
+    """All shards that serve something, or run."""
+    records, _ = slots(context)
+    found: list[Shard] = []
+
+    async def one(number: int) -> None:
+        try:
+            who = await _call(context, number, "ping", _CALL_SECONDS)
+        except LazysnapError:
+            who = None
+        mine = tuple(record.slot for record in records if record.shard == number)
+        shard = Shard(number, _keeper(context, number), who, mine)
+        if shard.keeper or shard.who or shard.slots:
+            found.append(shard)
+
+    async with trio.open_nursery() as nursery:
+        for number in _numbers(context, records):
+            nursery.start_soon(one, number)
+    return sorted(found, key=lambda shard: shard.number)
+
+
+def _keeper(context: Context, number: int) -> int:
+    """The keeper that has left its number in the lock file, if it lives."""
+    try:
+        with open(context.below_root("shards", f"{number}.lock"), encoding="ascii") as file:
+            pid = int(file.read().strip() or 0)
+    except (OSError, ValueError):
+        return 0
+    return pid if runs(pid, "lazysnap.shard.keeper", context.root, str(number)) else 0
+
+
+async def processes(context: Context) -> list[Finding]:
+    """Each shard has a keeper and a worker of this release."""
+    daemon = running_daemon(context)
+    return [
+        finding
+        for shard in await shards(context)
+        if (finding := judge(shard, daemon is not None)) is not None
+    ]
+
+
+def judge(shard: Shard, daemon: bool) -> Finding | None:
+    """What is wrong with the processes of a shard, if anything.
+
+    Args:
+        shard: which.
+        daemon: whether a daemon runs that looks after it.
+    """
+    name, layers = f"shard {shard.number}", f"its {len(shard.slots)} layers cannot be read"
+    if shard.who is None and not shard.keeper:
+        return failure(
+            f"{name} has no processes",
+            layers,
+            "see the daemon's log for why it does not start" if daemon else "start lazysnap serve",
+        )
+    if shard.who is None:
+        return failure(
+            f"the worker of {name} does not answer (keeper {shard.keeper})",
+            f"{layers}, or only slowly",
+            "lazysnap serve replaces it within half a minute"
+            + ("; else see the daemon's log" * daemon or ": start it"),
+        )
+    if shard.keeper != shard.who["keeper"]:
+        return warning(
+            f"the worker of {name} (pid {shard.who['pid']}) has no keeper",
+            "it will not be replaced when it ends, and its containers get errors then",
+            "stop its containers when that suits, kill the worker, restart lazysnap serve",
+        )
+    if shard.who["version"] != lazysnap.__version__:
+        return warning(
+            f"{name} runs release {shard.who['version']}, installed is {lazysnap.__version__}",
+            "what was mended since is not in use",
+            "restart lazysnap serve: it replaces workers without breaking reads",
+        )
+    return None
+
+
+async def file_systems(context: Context) -> list[Finding]:
+    """Each shard is mounted, and answers through the kernel."""
+    found: list[Finding] = []
+    points = mounts.mount_points()
+
+    async def one(shard: Shard) -> None:
+        path = context.below_root("shards", str(shard.number))
+        point = mounts.mounted_at(path, points)
+        why = f"its {len(shard.slots)} layers cannot be read"
+        if point is None:
+            found.append(failure(f"nothing is mounted at {path}", why, "restart lazysnap serve"))
+            return
+        look = await ask_file_system(path, _CALL_SECONDS)
+        if look.answered and not look.problem:
+            return
+        verb = "fails" if look.answered else "hangs"
+        cure = "restart lazysnap serve; if that does not help, restart the containers that use it"
+        found.append(failure(f"the file system at {path} {verb}: {look.problem}", why, cure))
+
+    async with trio.open_nursery() as nursery:
+        for shard in await shards(context):
+            nursery.start_soon(one, shard)
+    return found
+
+
+async def layers(context: Context) -> list[Finding]:
+    """Each layer can be served: from the cache, or from its registry."""
+    records = {record.slot: record for record in slots(context)[0]}
+    found: list[Finding] = []
+
+    async def one(shard: Shard) -> None:
+        try:
+            health = await _call(
+                context, shard.number, "health", _HEALTH_SECONDS, slots=list(shard.slots)
+            )
+        except LazysnapError as error:
+            found.append(warning(f"shard {shard.number} does not tell of its layers: {error}"))
+            return
+        for slot in shard.slots:
+            name = f"layer {records[slot].layer_digest} of {records[slot].reference}"
+            state = health.get(slot, {"state": "failed", "detail": "nothing is known of it"})
+            found.extend(await _layer(context, shard.number, slot, name, state))
+
+    async with trio.open_nursery() as nursery:
+        for shard in await shards(context):
+            if shard.who is not None and shard.slots:
+                nursery.start_soon(one, shard)
+    return found
+
+
+async def _layer(
+    context: Context, shard: int, slot: int, name: str, health: dict[str, str]
+) -> list[Finding]:
+    state, detail = health["state"], health["detail"]
+    if state == "failed":
+        return [failure(f"{name} cannot be served: {detail}", hint="remove the image, pull again")]
+    cure = "see to the network and to the node's credentials (docker login)"
+    if state == "unreachable":
+        return [failure(f"{name} cannot be read: {detail}", "its image cannot be started", cure)]
+    if state == "degraded":
+        why = "what is in the cache can be read, the rest cannot"
+        return [warning(f"{name} cannot be fetched now: {detail}", why, cure)]
+    try:
+        (numbers,) = await _call(context, shard, "status", _HEALTH_SECONDS, slots=[slot])
+    except LazysnapError as error:
+        return [warning(f"{name}: nothing is known of its errors: {error}")]
+    if not numbers["errors"]:
+        return []
+    text = f"{name} had {numbers['errors']} errors, the last: {numbers['last_error']}"
+    return [info(text, "it can be read now; readers may have seen them")]
+
+
+PROBES = (
+    Probe("shards", "every shard has a keeper and a worker", processes),
+    Probe("shard-mounts", "the file systems of shards answer", file_systems, seconds=60),
+    Probe("layers", "all lazy layers can be read", layers, seconds=90),
+)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The database of snapshots, and whether directories, slots and indexes agree with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+from lazysnap.check.finding import Context, Finding, Fix, Probe, failure, info, warning
+from lazysnap.check.state import running_daemon, slots
+from lazysnap.errors import LazysnapError
+from lazysnap.snapshotter.directories import Directories, garbage
+from lazysnap.store.reader import SnapshotReader
+from lazysnap.store.records import Attachment
+
+_MOST_ERRORS = 3
+_SHOWN = 5
+# Nothing that the daemon builds or deletes takes so long.
+_FORGOTTEN_SECONDS = 3600.0
+_AGAIN = "remove the images that use it, and pull them again"
+
+
+@contextlib.contextmanager
+def opened(context: Context) -> Iterator[sqlite3.Connection | None]:
+    """The database for reading only, or None if there is none."""
+    path = context.below_root("metadata.db")
+    if not os.path.exists(path):
+        yield None
+        return
+    # Not SnapshotStore: that would make and migrate it.
+    address = f"file:{path.replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode=ro"
+    connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=10)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def integrity(context: Context) -> Iterator[Finding]:
+    """SQLite's own checks (https://www.sqlite.org/pragma.html#pragma_integrity_check)."""
+    why = "snapshots are lost or cannot be used"
+    cure = "stop lazysnap serve, move metadata.db* and snapshots/ away together, and pull again"
+    try:
+        with opened(context) as database:
+            if database is None:
+                if os.path.isdir(context.root):
+                    yield info("there is no database yet", "lazysnap serve makes it when it starts")
+                return
+            rows = database.execute(f"PRAGMA integrity_check({_MOST_ERRORS})").fetchall()
+            rows = [row[0] for row in rows if row[0] != "ok"]
+            if not rows:
+                rows = [
+                    f"row {row[1]} of {row[0]} names one of {row[2]} that is not there"
+                    for row in database.execute("PRAGMA foreign_key_check").fetchmany(_MOST_ERRORS)
+                ]
+    except sqlite3.DatabaseError as error:
+        rows = [str(error)]
+    if rows:
+        yield failure(f"metadata.db is damaged: {'; '.join(rows)}", why, cure)
+
+
+def _known(context: Context) -> set[int] | None:
+    """Numbers of all snapshots; None if they cannot be told, which `integrity` reports."""
+    try:
+        with opened(context) as database:
+            return None if database is None else SnapshotReader(database).ids()
+    except (sqlite3.DatabaseError, LazysnapError):
+        return None
+
+
+def attached(context: Context) -> Mapping[int, Attachment] | None:
+    """All lazy snapshots by number; None if they cannot be told, which `integrity` reports."""
+    try:
+        with opened(context) as database:
+            return None if database is None else SnapshotReader(database).attachments()
+    except (sqlite3.DatabaseError, LazysnapError):
+        return None
+
+
+def directories(context: Context) -> Iterator[Finding]:
+    """Every snapshot has a directory, and every directory a snapshot."""
+    top = context.below_root("snapshots")
+    # In this order: a directory gets its number before the database knows it.
+    known, names = _known(context), _listed(top)
+    if known is None:
+        return
+    missing = sorted(known - {int(name) for name in names if name.isdecimal()})
+    # One that was removed meanwhile is no loss.
+    missing = sorted(set(missing) & (_known(context) or set()))
+    if missing:
+        yield failure(
+            f"{len(missing)} snapshots have no directory: {_some(missing)}",
+            "containers of their images cannot be started",
+            _AGAIN,
+        )
+    orphans = [name for name in garbage(names, known) if name.isdecimal() or _temporary(name)]
+    if running_daemon(context) is not None:
+        orphans = [name for name in orphans if _old(os.path.join(top, name))]
+    if orphans:
+        yield warning(
+            f"{len(orphans)} directories in {top} belong to no snapshot: {_some(sorted(orphans))}",
+            "they take space",
+            "the next start of lazysnap serve removes them, or lazysnap check --fix",
+            Fix(partial(_dispose, context), True),
+        )
+
+
+def _temporary(name: str) -> bool:
+    return name.startswith(("new-", "rm-"))
+
+
+def _old(path: str) -> bool:
+    try:
+        return os.lstat(path).st_ctime < time.time() - _FORGOTTEN_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _dispose(context: Context) -> str:
+    """Remove orphans as the daemon would; nothing is known to be one that was not a moment ago."""
+    known = _known(context)
+    if known is None:
+        return "nothing: the database cannot be read"
+    found = Directories(context.root)
+    names = garbage(found.names(), known)
+    for name in names:
+        found.dispose(found.discard(name) if name.isdecimal() else name)
+    return f"removed {len(names)} directories"
+
+
+def lazy(context: Context) -> Iterator[Finding]:
+    """Every lazy snapshot has its slot and its index, and every slot a snapshot."""
+    records, unreadable = slots(context)
+    known = attached(context)
+    if known is None:
+        return
+    daemon = running_daemon(context)
+    restored = "restart lazysnap serve, which writes it anew" if daemon else "start lazysnap serve"
+    for slot, problem in sorted(unreadable.items()):
+        yield failure(f"slot {slot} is damaged: {problem}", "its layer cannot be read", restored)
+    by_slot = {record.slot: record for record in records}
+    for number, attachment in sorted(known.items()):
+        record = by_slot.get(attachment.slot)
+        if attachment.slot in unreadable:
+            continue
+        if record is None:
+            if number in (attached(context) or ()):  # not removed meanwhile
+                yield failure(
+                    f"lazy snapshot {number} has no record of its slot {attachment.slot}",
+                    "its layer cannot be read once its worker is replaced",
+                    restored,
+                )
+        elif not os.path.exists(context.below_root("cache", "index", record.index)):
+            yield failure(
+                f"the index of layer {record.layer_digest} of {record.reference} is gone",
+                "the layer cannot be read once its worker is replaced",
+                f"{restored}, from the registry",
+            )
+    extra = sorted(by_slot.keys() - {attachment.slot for attachment in known.values()})
+    if extra and daemon is None:
+        yield warning(
+            f"{len(extra)} slots belong to no snapshot: {_some(extra)}",
+            "their layers are kept in memory and fetched for nobody",
+            "the next start of lazysnap serve removes them",
+        )
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def _some(items: Iterable[object]) -> str:
+    shown = [str(item) for item in items]
+    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+
+
+PROBES = (
+    Probe("database", "the database is sound", integrity),
+    Probe("snapshots", "snapshots and their directories agree", directories),
+    Probe("slots", "lazy snapshots have what they are served from", lazy),
+)
