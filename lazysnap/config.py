@@ -2,7 +2,9 @@
 """The configuration file: strict TOML, assembled for the components that own the settings.
 
 An unknown key is an error that names the nearest known one, so that a slip is not silently ignored.
-Units are in the names. Nothing imports this module but the entry points.
+Units are in the names. To add a key: a field here, with its range and a line that explains it; the
+sample, the checks and `lazysnap config show` follow from that. Nothing imports this module but the
+entry points.
 """
 
 from __future__ import annotations
@@ -11,14 +13,22 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from lazysnap.errors import ConfigError
 
 DEFAULT_PATH = "/etc/lazysnap/config.toml"
 DEFAULT_ROOT = "/var/lib/lazysnap"
 DEFAULT_ADDRESS = "/run/lazysnap/lazysnap.sock"
+_DAY = 86400
+_MOST_BYTES = 1 << 60
+# Keys with this follow a changed file at SIGHUP; the others need a restart of the daemon.
+_RELOAD = {"reload": True}
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,111 +36,179 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Snapshots(_Section, frozen=True):
-    """`[snapshots]`
+    """Snapshots that are not lazy."""
 
-    Attributes:
-        sync_on_commit: wait at each commit of an unpacked layer until the disk has all of it.
-    """
-
-    sync_on_commit: bool = True
+    sync_on_commit: Annotated[
+        bool,
+        Meta(description="wait at each commit of an unpacked layer until the disk has all of it"),
+    ] = True
 
 
 class Lazy(_Section, frozen=True):
-    """`[lazy]`
+    """Which layers are mounted lazily, and how."""
 
-    Attributes:
-        enabled: mount layers lazily where that is possible.
-        allow_unverified: also layers whose manifest promises no digest of a table of contents:
-            whoever controls the registry or the way to it then controls the content.
-    """
-
-    enabled: bool = True
-    allow_unverified: bool = False
+    enabled: Annotated[bool, Meta(description="mount layers lazily where that is possible")] = True
+    allow_unverified: Annotated[
+        bool,
+        Meta(
+            description="also layers without digests: whoever controls the registry then"
+            " controls what containers run"
+        ),
+    ] = False
+    kernel_trees: Annotated[
+        bool,
+        Meta(description="have the kernel serve names and attributes of files, if it can"),
+    ] = True
 
 
 class Shards(_Section, frozen=True):
-    """`[shards]`
+    """The processes that serve lazy layers."""
 
-    Attributes:
-        count: processes that serve layers; 0 means one for each CPU, at most 4.
-        max_background: requests that the kernel may have in flight to one of them.
-        read_ahead_kib: how far the kernel reads ahead.
-        decode_threads: threads of each that decompress and verify.
-    """
-
-    count: int = 0
-    max_background: int = 64
-    read_ahead_kib: int = 1024
-    decode_threads: int = 4
+    count: Annotated[
+        int,
+        Meta(ge=0, le=64, description="how many there are; 0: one for each CPU, at most 4"),
+    ] = 0
+    max_background: Annotated[
+        int,
+        Meta(ge=1, le=65535, description="requests that the kernel may have in flight to one"),
+    ] = 64
+    read_ahead_kib: Annotated[
+        int, Meta(ge=0, le=65536, description="how far the kernel reads ahead")
+    ] = 1024
+    decode_threads: Annotated[
+        int,
+        Meta(ge=1, le=256, extra=_RELOAD, description="threads of each that inflate and verify"),
+    ] = 4
 
 
 class Fetch(_Section, frozen=True):
-    """`[fetch]`
+    """What is fetched when, and how fast."""
 
-    Attributes:
-        background: fetch all of each layer when there is nothing more urgent to do.
-        background_delay_seconds: how long after a layer was mounted that begins.
-        connections: requests that one shard makes to one host at once.
-        bytes_per_second: limit over all hosts and shards; 0 is none.
-        host_bytes_per_second: limit for each host over all shards; 0 is none.
-        learn_profiles: note what an image reads while it starts, and fetch that first next time.
-        learn_seconds: how long a start is watched.
-        find_profiles: ask the registry for a profile beside the image when it is pulled.
-    """
-
-    background: bool = True
-    background_delay_seconds: float = 10.0
-    connections: int = 16
-    bytes_per_second: int = 0
-    host_bytes_per_second: int = 0
-    learn_profiles: bool = True
-    learn_seconds: float = 30.0
-    find_profiles: bool = True
+    background: Annotated[
+        bool,
+        Meta(
+            extra=_RELOAD,
+            description="fetch all of each layer when there is nothing more urgent to do",
+        ),
+    ] = True
+    background_delay_seconds: Annotated[
+        float,
+        Meta(ge=0, le=_DAY, extra=_RELOAD, description="after a layer was mounted"),
+    ] = 10.0
+    connections: Annotated[
+        int, Meta(ge=1, le=1024, extra=_RELOAD, description="of one shard to one host")
+    ] = 16
+    bytes_per_second: Annotated[
+        int,
+        Meta(ge=0, le=_MOST_BYTES, extra=_RELOAD, description="over all hosts; 0: no limit"),
+    ] = 0
+    host_bytes_per_second: Annotated[
+        int, Meta(ge=0, le=_MOST_BYTES, extra=_RELOAD, description="for each host; 0: no limit")
+    ] = 0
+    learn_profiles: Annotated[
+        bool,
+        Meta(description="note what an image reads while it starts; fetch that first next time"),
+    ] = True
+    learn_seconds: Annotated[
+        float, Meta(ge=0.1, le=3600, description="how long a start is watched")
+    ] = 30.0
+    find_profiles: Annotated[
+        bool, Meta(description="ask the registry for a profile beside the image")
+    ] = True
 
 
 class RegistrySection(_Section, frozen=True):
-    """`[registry]`
+    """How registries are spoken to."""
 
-    Attributes:
-        plain_http_hosts: hosts (`name` or `name:port`) that are spoken to without TLS.
-        retry_seconds: how long one read keeps trying without getting anywhere.
-        stall_seconds: longest wait for the next bytes of an answer.
-        probe_valid_seconds: how long a layer counts as reachable after bytes came from it.
-    """
-
-    plain_http_hosts: list[str] = []
-    retry_seconds: float = 30.0
-    stall_seconds: float = 10.0
-    probe_valid_seconds: float = 60.0
+    plain_http_hosts: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        Meta(
+            extra=_RELOAD,
+            description='hosts ("name" or "name:port") without TLS; loopback addresses always are',
+        ),
+    ] = []
+    retry_seconds: Annotated[
+        float,
+        Meta(
+            ge=0.1,
+            le=_DAY,
+            extra=_RELOAD,
+            description="how long one read keeps trying without getting anywhere",
+        ),
+    ] = 30.0
+    stall_seconds: Annotated[
+        float,
+        Meta(ge=0.1, le=3600, description="longest wait for the next bytes of an answer"),
+    ] = 10.0
+    probe_valid_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=_DAY,
+            extra=_RELOAD,
+            description="how long a layer counts as reachable after bytes came from it",
+        ),
+    ] = 60.0
 
 
 class CacheSection(_Section, frozen=True):
-    """`[cache]`
+    """How much of the disk the cache may use."""
 
-    Attributes:
-        size_limit_bytes: what the cached contents may take on disk; 0 for no limit.
-        reserve_bytes: what stays free on the cache's file system, at least.
-        reserve_percent: likewise, in percent of the file system; the greater of both counts, but
-            never more than a quarter of the file system.
-    """
-
-    size_limit_bytes: int = 0
-    reserve_bytes: int = 1 << 30
-    reserve_percent: float = 5.0
+    size_limit_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=_MOST_BYTES,
+            extra=_RELOAD,
+            description="what the cached contents may take; 0: no limit but the reserve",
+        ),
+    ] = 0
+    reserve_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=_MOST_BYTES,
+            extra=_RELOAD,
+            description="what stays free on the cache's file system, or",
+        ),
+    ] = 1 << 30
+    reserve_percent: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=100,
+            extra=_RELOAD,
+            description="this share of it, whichever is more; at most a quarter of it",
+        ),
+    ] = 5.0
 
 
 class Config(_Section, frozen=True):
-    """The whole file.
+    """The whole file."""
 
-    Attributes:
-        root: directory of all state.
-        address: socket that containerd connects to.
-        log_level: debug, info, warning or error.
-    """
-
-    root: str = DEFAULT_ROOT
-    address: str = DEFAULT_ADDRESS
-    log_level: str = "info"
+    root: Annotated[str, Meta(min_length=1, description="directory of all state")] = DEFAULT_ROOT
+    address: Annotated[
+        str, Meta(min_length=1, description="socket that containerd connects to")
+    ] = DEFAULT_ADDRESS
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(extra=_RELOAD, description="debug, info, warning or error"),
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "text", "json", "journal"],
+        Meta(
+            extra=_RELOAD,
+            description="text, json or journal; auto: journal if systemd reads standard error",
+        ),
+    ] = "auto"
+    metrics_address: Annotated[
+        str,
+        Meta(
+            pattern=r"^(|unix:/.+|(\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):[0-9]{1,5})$",
+            description='for Prometheus: "unix:/run/lazysnap/metrics.sock" or "127.0.0.1:9464";'
+            " empty: none",
+        ),
+    ] = ""
     snapshots: Snapshots = Snapshots()
     lazy: Lazy = Lazy()
     shards: Shards = Shards()
@@ -143,6 +221,58 @@ class Config(_Section, frozen=True):
         return self.shards.count or min(os.cpu_count() or 1, 4)
 
 
+@dataclass(frozen=True)
+class Key:
+    """One key of the file.
+
+    Attributes:
+        section: its table; empty at the top.
+        name: within the table.
+        default: its value when the file does not have it.
+        description: one line.
+        reloads: whether a change is taken up at SIGHUP.
+    """
+
+    section: str
+    name: str
+    default: Any
+    description: str
+    reloads: bool
+
+    @property
+    def path(self) -> str:
+        """Its full name."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    def value(self, config: Config) -> Any:
+        """Its value in a configuration."""
+        return getattr(getattr(config, self.section) if self.section else config, self.name)
+
+
+def sections() -> Iterator[tuple[str, type[_Section]]]:
+    """The tables of the file by name, the top first."""
+    yield "", Config
+    for field in msgspec.structs.fields(Config):
+        if isinstance(field.default, _Section):
+            yield field.name, type(field.default)
+
+
+def all_keys() -> Iterator[Key]:
+    """All keys, in the order of the sample."""
+    for section, kind in sections():
+        hints = get_type_hints(kind, include_extras=True)
+        for field in msgspec.structs.fields(kind):
+            if isinstance(field.default, _Section):
+                continue
+            default = field.default
+            if default is msgspec.NODEFAULT:
+                default = field.default_factory()
+            notes = getattr(hints[field.name], "__metadata__", ())
+            meta = next((note for note in notes if isinstance(note, Meta)), Meta())
+            reloads = bool((meta.extra or {}).get("reload"))
+            yield Key(section, field.name, default, meta.description or "", reloads)
+
+
 def parse(text: str, where: str) -> Config:
     """Read a configuration.
 
@@ -151,23 +281,71 @@ def parse(text: str, where: str) -> Config:
         where: how errors name it.
 
     Raises:
-        ConfigError: it is not TOML, has an unknown key, or a value of the wrong kind.
+        ConfigError: it is not TOML, has an unknown key, or a value of the wrong kind or size. The
+            message names the line if it can be found.
     """
     try:
-        config = msgspec.convert(tomllib.loads(text), Config)
+        return msgspec.convert(tomllib.loads(text), Config)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
+        place, what = (f"{where}:{at[2]}", at[1]) if at else (where, error)
+        raise ConfigError(f"{place}: {what}") from error
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}", hint=_suggestion(str(error))) from error
-    if config.log_level not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"{where}: log_level must be debug, info, warning or error")
-    if config.shards.count < 0 or config.shards.count > 64:
-        raise ConfigError(f"{where}: shards.count must be from 0 to 64")
-    if config.cache.size_limit_bytes < 0 or config.cache.reserve_bytes < 0:
-        raise ConfigError(f"{where}: sizes in [cache] must not be negative")
-    if not 0 <= config.cache.reserve_percent <= 100:
-        raise ConfigError(f"{where}: cache.reserve_percent must be from 0 to 100")
-    return config
+        raise _explained(str(error), text, where) from error
+
+
+def _explained(message: str, text: str, where: str) -> ConfigError:
+    """The error for what msgspec says: `what - at $.path`, or with "unknown field `name`"."""
+    what, _, at = message.partition(" - at ")
+    path = re.sub(r"\[.*", "", at.strip("`").removeprefix("$").removeprefix("."))
+    unknown = re.search(r"unknown field `(.+?)`", what)
+    if unknown is not None:
+        section, path = path, f"{path}.{unknown[1]}" if path else unknown[1]
+        line = line_of(text, path)
+        place = f"{where}:{line}" if line else where
+        return ConfigError(f"{place}: there is no key {path}", hint=_near(section, unknown[1]))
+    line = line_of(text, path)
+    place = f"{where}:{line}" if line else where
+    what = what[:1].lower() + re.sub(r" matching regex .*", " of another form", what[1:])
+    hints = [f"{key.path}: {key.description}" for key in all_keys() if key.path == path]
+    return ConfigError(
+        f"{place}: {path}: {what.replace('`', '')}" if path else f"{place}: {what}",
+        hint=hints[0] if hints else "`lazysnap config default` explains all keys",
+    )
+
+
+def _near(section: str, name: str) -> str:
+    known = {key.path: key.name for key in all_keys()} | {s: s for s, _ in sections() if s}
+    here = [own for path, own in known.items() if path == (f"{section}.{own}" if section else own)]
+    near = difflib.get_close_matches(name, here, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    elsewhere = difflib.get_close_matches(name, list(known.values()), n=1, cutoff=0.8)
+    found = [path for path, own in known.items() if elsewhere and own == elsewhere[0]]
+    return f"did you mean {found[0]!r}?" if found else f"known here: {', '.join(sorted(here))}"
+
+
+def line_of(text: str, path: str) -> int | None:
+    """The line on which a key is set, or its table begins; None if it cannot be told.
+
+    Args:
+        text: TOML that can be read.
+        path: full name of the key or table.
+    """
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if header := re.match(r"\[\[?\s*([^\[\]]+?)\s*\]", stripped):
+            table = re.sub(r"[\s\"']", "", header[1])
+            if table == path:
+                return number
+        elif assigned := re.match(r"([A-Za-z0-9_.\-\"' ]+?)\s*=", stripped):
+            name = re.sub(r"[\s\"']", "", assigned[1])
+            full = f"{table}.{name}" if table else name
+            # An inline table sets all that is in it.
+            if full == path or path.startswith(f"{full}."):
+                return number
+    return None
 
 
 def load(path: str | None) -> Config:
@@ -179,22 +357,27 @@ def load(path: str | None) -> Config:
     Raises:
         ConfigError: it cannot be read, or is wrong.
     """
+    text = read(path)
+    return Config() if text is None else parse(text, path or DEFAULT_PATH)
+
+
+def read(path: str | None) -> str | None:
+    """The text of the configuration file; None if there is none and need not be.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         with open(path or DEFAULT_PATH, encoding="utf-8") as file:
-            return parse(file.read(), path or DEFAULT_PATH)
+            return file.read()
     except FileNotFoundError as error:
         if path is None:
-            return Config()
+            return None
         raise ConfigError(f"there is no {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path or DEFAULT_PATH} cannot be read: {error}") from error
 
 
-def _suggestion(message: str) -> str | None:
-    unknown = re.search(r"unknown field `(.+?)`", message)
-    if unknown is None:
-        return None
-    kinds = (Config, Snapshots, Lazy, Shards, Fetch, RegistrySection, CacheSection)
-    known = [name for kind in kinds for name in kind.__struct_fields__]
-    near = difflib.get_close_matches(unknown[1], known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+def changed(old: Config, new: Config) -> list[Key]:
+    """The keys whose values differ."""
+    return [key for key in all_keys() if key.value(old) != key.value(new)]

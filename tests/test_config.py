@@ -28,12 +28,61 @@ def test_an_unknown_key_is_an_error_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["root = 1", "x = [", "[shards]\ncount = -1", 'log_level = "loud"', "[shards]\ncount=1e9"],
+    ("text", "where"),
+    [
+        ("root = 1", "f:1: root: "),
+        ("x = 1\ny = 1 2", "f:2: "),
+        ("x = [", "f: "),
+        ("\n[shards]\ncount = -1", "f:3: shards.count: "),
+        ("shards = { count = 65 }", "f:1: shards.count: "),
+        ("[lazy]\n[shards]\n'count'=1e9", "f:3: shards.count: "),
+        ("# count = 1\nshards.count = 99", "f:2: shards.count: "),
+        ('log_level = "loud"', "f:1: log_level: "),
+        ("fetch = 1", "f:1: fetch: "),
+        ('[registry]\nplain_http_hosts = [\n"a",\n1]', "f:2: registry.plain_http_hosts: "),
+        ("[fetch]\nconnections = 0", "f:2: fetch.connections: "),
+        ("[fetch]\nlearn_seconds = nan", "f:2: fetch.learn_seconds: "),
+        ("[registry]\nretry_seconds = inf", "f:2: registry.retry_seconds: "),
+        ('metrics_address = "9464"', "f:1: metrics_address: "),
+        ('metrics_address = "unix:m.sock"', "f:1: metrics_address: "),
+        ("[shards]\nconut = 1", "f:2: there is no key shards.conut"),
+    ],
 )
-def test_wrong_values_are_errors(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^f: "):
+def test_wrong_values_are_errors_that_name_key_and_line(text: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         config.parse(text, "f")
+    assert caught.value.message.startswith(where)
+    assert "`" not in caught.value.message
+
+
+def test_a_key_in_the_wrong_table_is_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse("size_limit_bytes = 3", "f")
+    assert caught.value.hint == "did you mean 'cache.size_limit_bytes'?"
+
+
+@pytest.mark.parametrize("address", ["", "unix:/run/m.sock", "127.0.0.1:9464", "[::1]:9464"])
+def test_addresses_of_metrics(address: str) -> None:
+    assert config.parse(f'metrics_address = "{address}"', "f").metrics_address == address
+
+
+def test_every_key_is_explained_and_there_are_not_too_many() -> None:
+    keys = list(config.all_keys())
+    assert len(keys) <= 40
+    for key in keys:
+        assert key.description, f"{key.path} needs a description"
+        assert "\n" not in key.description
+        assert len(key.description) <= 97, f"{key.path}: the description is longer than a line"
+
+
+def test_changed_keys_are_told() -> None:
+    old = config.Config()
+    new = config.parse('root = "/x"\n[cache]\nsize_limit_bytes = 5\n', "f")
+    assert [(key.path, key.reloads) for key in config.changed(old, new)] == [
+        ("root", False),
+        ("cache.size_limit_bytes", True),
+    ]
+    assert config.changed(new, new) == []
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lazysnap.errors import LazysnapError
 _COMMANDS = {
     "cache": "Look at, check and empty the cache on disk.",
     "check": "Find what keeps lazysnap from working, and say what to do.",
+    "config": "Show and check the configuration.",
     "profile": "Learn what an image reads while it starts.",
     "pull": "Pull an image into containerd without downloading lazy layers.",
     "serve": "Run the snapshotter.",
