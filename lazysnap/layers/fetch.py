@@ -25,8 +25,10 @@ from lazysnap.layers.schedule import Priority, Scheduler, Ticket
 
 _WINDOW_LEAST = 256 << 10
 _WINDOW_FIRST_MOST = 2 << 20
-_WINDOW_MOST = 8 << 20
+# Four members of the usual 4 MiB: some are decoded and stored while others arrive.
+_WINDOW_MOST = 17 << 20
 _UNURGENT_LEAST = 512 << 10
+_UNURGENT_MOST = 8 << 20
 # Members that are looked at in one turn of the event loop; each takes about ten microseconds.
 _LOOK_MOST = 256
 
@@ -186,7 +188,7 @@ class Fetcher:
         small that round trips dominate.
         """
         host = self._scheduler.host(self.host)
-        left = min(max(int(host.bandwidth / 10), _UNURGENT_LEAST), _WINDOW_MOST)
+        left = min(max(int(host.bandwidth / 10), _UNURGENT_LEAST), _UNURGENT_MOST)
         run: list[int] = []
         for position in range(plan.position, min(plan.position + _LOOK_MOST, len(plan.members))):
             number = plan.members[position]
