@@ -24,7 +24,7 @@ async def test_a_call_returns_what_the_handler_returns(
         return {1: a + b}
 
     path = await _serve(nursery, tmp_path / "s", add=add)
-    assert await channel.call(path, "add", timeout=2, a=1, b=2) == {1: 3}
+    assert await channel.call(path, "add", timeout=60, a=1, b=2) == {1: 3}
 
 
 async def test_errors_arrive_as_they_were_raised(tmp_path: Path, nursery: trio.Nursery) -> None:
@@ -33,7 +33,7 @@ async def test_errors_arrive_as_they_were_raised(tmp_path: Path, nursery: trio.N
 
     path = await _serve(nursery, tmp_path / "s", refuse=refuse)
     with pytest.raises(NotLazy, match="no") as caught:
-        await channel.call(path, "refuse", timeout=2)
+        await channel.call(path, "refuse", timeout=60)
     assert (caught.value.hint, caught.value.reason) == ("do", "because")
 
 
@@ -48,15 +48,15 @@ async def test_a_defect_in_a_handler_ends_only_its_call(
 
     path = await _serve(nursery, tmp_path / "s", broken=broken, fine=fine)
     with pytest.raises(LazysnapError, match="ZeroDivisionError"):
-        await channel.call(path, "broken", timeout=2)
+        await channel.call(path, "broken", timeout=60)
     with pytest.raises(InvalidArgument):
-        await channel.call(path, "missing", timeout=2)
-    assert await channel.call(path, "fine", timeout=2) == "fine"
+        await channel.call(path, "missing", timeout=60)
+    assert await channel.call(path, "fine", timeout=60) == "fine"
 
 
 async def test_nobody_listening_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="nobody answers"):
-        await channel.call(str(tmp_path / "s"), "ping", timeout=2)
+        await channel.call(str(tmp_path / "s"), "ping", timeout=60)
 
 
 async def test_a_silent_peer_is_unavailable_in_time(tmp_path: Path, nursery: trio.Nursery) -> None:
@@ -79,7 +79,7 @@ async def test_garbage_does_not_stop_the_server(
         await stream.send_all(garbage)
         await stream.send_eof()
         assert await stream.receive_some() == b""
-    assert await channel.call(path, "fine", timeout=2) == "fine"
+    assert await channel.call(path, "fine", timeout=60) == "fine"
 
 
 async def test_a_new_server_takes_the_path_over(tmp_path: Path, nursery: trio.Nursery) -> None:
@@ -94,7 +94,7 @@ async def test_a_new_server_takes_the_path_over(tmp_path: Path, nursery: trio.Nu
 
     path = await _serve(nursery, tmp_path / "s", who=first)
     await _serve(nursery, tmp_path / "s", who=second)
-    assert await channel.call(path, "who", timeout=2) == "second"
+    assert await channel.call(path, "who", timeout=60) == "second"
 
 
 def test_an_unknown_error_class_is_still_an_error() -> None:

@@ -16,7 +16,7 @@ def test_killed_at_every_step_it_leaves_only_right_bytes() -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -19,7 +19,7 @@ contents = [random.Random(n).randbytes(1000 + 3000 * (n % 30)) for n in range(60
 CHUNK = 20_000
 end = time.monotonic() + float(sys.argv[3])
 read = 0
-while time.monotonic() < end:
+while time.monotonic() < end or read < 300:
     number = rng.randrange(len(contents))
     data = contents[number]
     key = hashlib.sha256(data).digest()
@@ -53,7 +53,6 @@ while time.monotonic() < end:
         cache.objects.seal()
     else:
         cache.objects.verify(key)
-assert read > 100, read
 """
 
 
@@ -67,6 +66,6 @@ def test_processes_that_share_a_cache_see_only_right_bytes() -> None:
             )
             for number in range(4)
         ]
-        problems = [process.communicate(timeout=60)[1] for process in processes]
+        problems = [process.communicate(timeout=600)[1] for process in processes]
         assert problems == [""] * 4
         assert [process.returncode for process in processes] == [0] * 4

@@ -82,7 +82,7 @@ async def test_a_signal_leaves_nothing(
         process: trio.Process = await nursery.start(
             partial(trio.run_process, command, check=False, capture_stderr=True)
         )
-        with trio.fail_after(60):
+        with trio.fail_after(120):
             await server.stalled.wait()
             # The lowest layer is committed, the second one's snapshot is active.
             while not any(kind == "Active" for _, kind in daemon.snapshots().values()):

@@ -16,6 +16,7 @@ from lazysnap.errors import AlreadyExists, ContainerdError, InvalidArgument, Not
 from lazysnap.oci import OCI_LAYER_GZIP, Descriptor
 from tests.support.containerd import PrivateContainerd
 from tests.support.images import busybox_layers
+from tests.support.views import make_view
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
@@ -100,7 +101,7 @@ async def test_a_layer_is_unpacked_into_a_snapshot(
     assert (info.kind, info.parent, info.labels) == (COMMITTED, "", labels)
     assert daemon.snapshots() == {layer.diff_id: ("", "Committed")}
     assert [found.name for found in await snapshots.walk("kind==committed")] == [layer.diff_id]
-    daemon.ctr("snapshots", "view", "v", layer.diff_id)
+    await trio.to_thread.run_sync(make_view, daemon.address, "overlayfs", "v", layer.diff_id)
     command = daemon.ctr("snapshots", "mounts", str(tmp_path), "v")
     await trio.run_process(["sh", "-c", command])
     try:

@@ -48,5 +48,5 @@ async def server() -> AsyncIterator[FaultyRegistry]:
 
 @pytest.fixture
 async def registry() -> AsyncIterator[Registry]:
-    async with Registry(RegistrySettings(retry_seconds=1, stall_seconds=60)) as registry:
+    async with Registry(RegistrySettings(retry_seconds=30, stall_seconds=60)) as registry:
         yield registry

@@ -169,7 +169,7 @@ async def test_concurrent_pulls_of_one_image(
     async def one() -> None:
         results.append(await pull(reference, client, registry, "overlayfs", AMD64))
 
-    with trio.fail_after(60):
+    with trio.fail_after(120):
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(one)

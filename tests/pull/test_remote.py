@@ -134,7 +134,7 @@ async def test_a_download_of_what_turns_out_lazy_is_called_off(
     offer(remote, layers, (True, True, True))
     server.faults.append(Break(after=1 << 10, how="stall", path=layers[1].digest))
     stalled = threading.Event()
-    remote.on_prepare = lambda labels: void(stalled.wait(30))
+    remote.on_prepare = lambda labels: void(stalled.wait(120))
 
     async def release() -> None:
         await server.stalled.wait()
@@ -180,11 +180,11 @@ async def test_a_prepare_that_hangs_can_be_cancelled(
 
     def hang(labels: Mapping[str, str]) -> None:
         token.run_sync_soon(hanging.set)
-        go_on.wait(30)
+        go_on.wait(120)
 
     remote.on_prepare = hang
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(120):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pull, reference, client, registry, "remote", AMD64)
                 await hanging.wait()

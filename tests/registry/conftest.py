@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scripted registry and a client with little patience."""
+"""A scripted registry and a client with as little patience as a busy machine allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lazysnap.registry import Registry, RegistrySettings
 from lazysnap.registry.credentials import Anonymous
 from tests.support.registry import FaultyRegistry, faulty_registry
 
-SETTINGS = RegistrySettings(retry_seconds=2, stall_seconds=0.3, connect_seconds=1)
+SETTINGS = RegistrySettings(retry_seconds=30, stall_seconds=5, connect_seconds=20)
 
 
 @pytest.fixture

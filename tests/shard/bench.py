@@ -69,7 +69,7 @@ class Shard:
                 stderr=log,
                 env=environment,
             )
-        wait_until(lambda: self.ended() or accepts(self._socket), 20)
+        wait_until(lambda: self.ended() or accepts(self._socket))
         assert not self.ended(), self.log
 
     def ended(self) -> bool:
@@ -84,7 +84,7 @@ class Shard:
         """Call the worker."""
 
         async def main() -> Any:
-            return await channel.call(str(self._socket), name, timeout=10, **args)
+            return await channel.call(str(self._socket), name, timeout=60, **args)
 
         return trio.run(main)
 
@@ -116,7 +116,7 @@ class Shard:
         return who["keeper"], who["pid"]
 
     def wait_for_another_worker(self, than: int) -> None:
-        wait_until(lambda: self._worker() not in (0, than), 10)
+        wait_until(lambda: self._worker() not in (0, than))
 
     def _worker(self) -> int:
         try:
@@ -140,13 +140,13 @@ def _registry() -> Iterator[FaultyRegistry]:
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    started.wait(10)
+    started.wait(60)
     server, token, scope = found[0]
     try:
         yield server
     finally:
         token.run_sync_soon(scope.cancel)
-        thread.join(10)
+        thread.join(60)
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def shard(directory: Path, **settings: Any) -> Iterator[Shard]:
     root.mkdir()
     with _registry() as registry:
         registry_settings = RegistrySettings(
-            plain_http_hosts=frozenset({registry.host}), retry_seconds=1
+            plain_http_hosts=frozenset({registry.host}), retry_seconds=30
         )
         options = {"background": False, **settings}
         write_settings(str(root), ShardSettings(registry=registry_settings, **options))
@@ -174,7 +174,7 @@ def shard(directory: Path, **settings: Any) -> Iterator[Shard]:
             if it.process is not None:
                 it.process.terminate()
                 try:
-                    it.process.wait(5)
+                    it.process.wait(60)
                 finally:
                     unmount_below(directory)
                     kill_leftovers(directory)

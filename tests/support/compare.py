@@ -15,6 +15,8 @@ from fixtures.containerd import Containerd
 from fixtures.processes import run
 from fixtures.registry import Registry
 
+from .views import make_view
+
 
 def chain_id(server: Registry, repository: str, form: str) -> str:
     """The chain id of an image's top layer (OCI image-spec, config.md, Layer ChainID)."""
@@ -45,7 +47,10 @@ def root_file_system(
     target.mkdir(parents=True, exist_ok=True)
     key = f"compare-{uuid.uuid4().hex[:12]}"
     snapshots = ("snapshots", "--snapshotter", snapshotter)
-    client.ctr(*snapshots, "prepare" if writable else "view", key, chain)
+    if writable:
+        client.ctr(*snapshots, "prepare", key, chain)
+    else:
+        make_view(client.address, snapshotter, key, chain)
     try:
         for line in client.ctr(*snapshots, "mounts", str(target), key).splitlines():
             run(shlex.split(line))

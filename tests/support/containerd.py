@@ -44,8 +44,8 @@ _DISABLED = (
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
 )
-_START_SECONDS = 20
-_STOP_SECONDS = 10
+_START_SECONDS = 120
+_STOP_SECONDS = 60
 
 
 class PrivateContainerd:

@@ -27,14 +27,15 @@ from typing import Any
 
 import msgpack
 
-from fixtures.processes import accepts, kill_leftovers, unmount_below
+from fixtures.processes import accepts, alive, kill_leftovers, unmount_below
 from tests.support import images, layers
 from tests.support.containerd import PrivateContainerd
 from tests.support.registry import DockerRegistry, docker_registry
+from tests.support.views import make_view
 
 SNAPSHOTTER = "lazysnap"
-_START_SECONDS = 20
-_STOP_SECONDS = 10
+_START_SECONDS = 120
+_STOP_SECONDS = 60
 
 
 class Lazysnap:
@@ -103,9 +104,9 @@ class Lazysnap:
     def call(self, shard: int, name: str, **arguments: Any) -> Any:
         """Call a worker's control socket; waits for one that is just being replaced."""
         path = self.root / "shards" / f"{shard}.sock"
-        wait_until(lambda: accepts(path), 10)
+        wait_until(lambda: accepts(path))
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(10)
+            connection.settimeout(60)
             connection.connect(str(path))
             body = msgpack.packb({"call": name, "args": arguments})
             connection.sendall(len(body).to_bytes(4, "big") + body)
@@ -129,7 +130,7 @@ class Lazysnap:
         pids = [*self.keepers().values(), *self.workers().values()]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+        wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
 class Stack:
@@ -204,7 +205,7 @@ class Stack:
             prepare = [*snapshots, "prepare", key]
             return subprocess.run(prepare, capture_output=True, check=False).returncode == 0
 
-        wait_until(answers, 10)
+        wait_until(answers)
         subprocess.run([*snapshots, "rm", key], check=True, capture_output=True)
 
     def labels(self) -> dict[str, dict[str, str]]:
@@ -218,14 +219,13 @@ class Stack:
     def mount(self, key: str, target: Path, parent: str) -> None:
         """Make a view of a committed snapshot and mount it."""
         target.mkdir()
-        output = self.containerd.ctr(
-            *("snapshots", "--snapshotter", SNAPSHOTTER, "view", "--target", str(target)),
-            *(key, parent),
-        )
+        make_view(self.containerd.address, SNAPSHOTTER, key, parent)
+        snapshots = ("snapshots", "--snapshotter", SNAPSHOTTER)
+        output = self.containerd.ctr(*snapshots, "mounts", str(target), key)
         subprocess.run(["sh", "-ec", output], check=True)
 
 
-def wait_until(condition: Callable[[], object], seconds: float) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Poll until a condition of another process holds.
 
     Raises:

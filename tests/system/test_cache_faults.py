@@ -148,13 +148,11 @@ def test_a_disk_that_others_have_filled_does_not_keep_from_reading(scene: Scene)
     assert scene.log_lines(_TROUBLE) == 1
     assert scene.all_is_up()
     other.unlink()
-    wait_until(
-        lambda: scene.read() == scene.digest and any(scene.disk.glob("cache/objects/*/*")), 20
-    )
+    wait_until(lambda: scene.read() == scene.digest and any(scene.disk.glob("cache/*/??/*")), 20)
 
 
 def test_without_inodes_small_files_are_read(tmp_path: Path) -> None:
-    with _scene(tmp_path, 64 * MIB, "-N", "640") as scene:
+    with _scene(tmp_path, 64 * MIB, "-N", "896") as scene:
         scene.mount([1000 + n for n in range(700)])
         assert [scene.read() for _ in range(2)] == [scene.digest] * 2
         assert scene.log_lines(_TROUBLE) <= 1

@@ -39,7 +39,8 @@ def _profile(it: Stack, reference: str, *arguments: str) -> str:
 
 def _cached(it: Stack, path: str) -> bool:
     name = hashlib.sha256(_MANY[path]).hexdigest()
-    return (it.lazysnap.root / "cache" / "objects" / name[:2] / name).exists()
+    cache = it.lazysnap.root / "cache"
+    return any((cache / place / name[:2] / name).exists() for place in ("objects", "fresh"))
 
 
 def _push(it: Stack) -> str:
@@ -49,7 +50,8 @@ def _push(it: Stack) -> str:
 
 def _forget_everything(it: Stack, reference: str) -> None:
     it.containerd.ctr("images", "rm", "--sync", reference)
-    for path in (it.lazysnap.root / "cache" / "objects").glob("??/*"):
+    cache = it.lazysnap.root / "cache"
+    for path in (*cache.glob("objects/??/*"), *cache.glob("fresh/??/*")):
         path.unlink()
 
 
