@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an index to an EROFS image of the layer's tree, without the bytes of its files.
 
-The image is a lower layer of an overlay (Linux 6.16) whose data-only lower layers hold the bytes, in
-files that `redirect` names:
+The image is a lower layer of an overlay whose data-only lower layers hold the bytes, in files that
+`redirect` names:
 
     mount -t erofs -o ro IMAGE DIR                       (a file as source: Linux 6.12)
-    mount -t overlay -o lowerdir=DIR::OBJECTS overlay TARGET
+    mount -t overlay -o metacopy=on,lowerdir=DIR1:DIR2::OBJECTS overlay TARGET
+
+Without `metacopy=on` the kernel follows marks from the lowest of several images only (since Linux 6.16):
+it refuses to look for them in further lower layers, whether or not there is anything to be found.
 
 Every regular file that is not empty has a size, a hole in place of data, and overlay's marks that send
 readers to the data.
@@ -38,9 +41,11 @@ from lazysnap.erofs.layout import (
     INODE_SIZE,
     MAX_FILE_SIZE,
     NULL_CHUNK,
+    SECOND,
     SLOT,
     XATTR_HEADER,
     encode_device,
+    owner_and_time,
     superblock,
     xattr_count,
 )
@@ -49,7 +54,6 @@ from lazysnap.errors import FormatError, InvalidArgument
 from lazysnap.index.model import IMPLIED, OPAQUE
 from lazysnap.index.reader import LayerIndex
 
-_SECOND = 10**9
 # The sizes of an index's files add up to less than 2**63 bytes, so this is only for damaged ones.
 _MAX_FURTHER_CHUNKS = (1 << 63) // CHUNK_SIZE
 
@@ -124,7 +128,8 @@ def build(
     Raises:
         FormatError: the index is damaged; reason `xattr-not-storable` or `file-too-large` if the
             layer has what EROFS cannot hold.
-        InvalidArgument: `inherited` tells of something that is no directory of this layer.
+        InvalidArgument: `inherited` tells of something that is no directory of this layer, or of
+            impossible owners.
     """
     builder = _Builder(index, opaque_xattr, {entry.node: entry for entry in inherited})
     try:
@@ -178,7 +183,7 @@ class _Builder:
                 continue
             add_nid(len(out) // SLOT)
             prefix, name = data_name(*keys_of(first, count, keys))
-            seconds, nanoseconds = divmod(mtime_ns, _SECOND)
+            seconds, nanoseconds = divmod(mtime_ns, SECOND)
             out += pack(
                 CHUNK_BASED,
                 _PARTIAL_XATTRS if prefix else _OBJECT_XATTRS,
@@ -268,6 +273,7 @@ class _Builder:
         if heir is None:
             entries = self._xattrs(node, row[10])
         else:
+            owner_and_time(heir.uid, heir.gid, heir.mtime_ns)  # refuses what cannot be
             mode = stat.S_IFDIR | stat.S_IMODE(heir.mode)
             row = (mode, heir.uid, heir.gid, *row[3:6], heir.mtime_ns, *row[7:])
             entries = xattrs.encode(pair for pair in heir.xattrs if pair[0] != own)
@@ -301,7 +307,7 @@ class _Builder:
         at = len(out)
         self.nids.append(at // SLOT)
         mode, uid, gid, nlink, mtime_ns = *row[:4], row[6]
-        seconds, nanoseconds = divmod(mtime_ns, _SECOND)
+        seconds, nanoseconds = divmod(mtime_ns, SECOND)
         out += INODE.pack(
             layout,
             xattr_count(len(area)),

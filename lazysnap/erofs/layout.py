@@ -19,9 +19,12 @@ from __future__ import annotations
 import stat
 import struct
 
+from lazysnap.errors import InvalidArgument
+
 BLOCK = 4096
 BLOCK_BITS = 12
 SUPERBLOCK_AT = 1024
+SECOND = 10**9  # times in an index are in nanoseconds
 
 # A node's number is its inode's place in these units.
 SLOT = 32
@@ -46,7 +49,7 @@ I_U = struct.Struct("<I")  # block address, device number or chunk format
 I_U_AT = 16
 MODE = struct.Struct("<H")
 MODE_AT = 4
-OWNER_AND_TIME = struct.Struct("<IIqI")  # i_uid, i_gid, i_mtime, i_mtime_nsec
+_OWNER_AND_TIME = struct.Struct("<IIqI")  # i_uid, i_gid, i_mtime, i_mtime_nsec
 OWNER_AND_TIME_AT = 24
 
 # i_format: bit 0 says extended, the bits above are the data layout.
@@ -100,6 +103,25 @@ def xattr_count(area: int) -> int:
         area: bytes of its extended attributes with the header; 0 if it has none.
     """
     return (area - len(XATTR_HEADER)) // XATTR_UNIT + 1 if area else 0
+
+
+def owner_and_time(uid: int, gid: int, mtime_ns: int) -> bytes:
+    """The fields at `OWNER_AND_TIME_AT` of an inode.
+
+    Args:
+        uid: owner.
+        gid: group.
+        mtime_ns: time of modification, in nanoseconds since 1970.
+
+    Raises:
+        InvalidArgument: there are no such users or times.
+    """
+    try:
+        return _OWNER_AND_TIME.pack(uid, gid, *divmod(mtime_ns, SECOND))
+    except struct.error as error:
+        raise InvalidArgument(
+            f"an inode cannot have the owner {uid}:{gid} and the time {mtime_ns}"
+        ) from error
 
 
 def encode_device(major: int, minor: int) -> int:

@@ -23,10 +23,10 @@ from isal import isal_zlib
 from lazysnap.erofs.layout import (
     MODE,
     MODE_AT,
-    OWNER_AND_TIME,
     OWNER_AND_TIME_AT,
     ROOT_AT,
     SLOT,
+    owner_and_time,
 )
 from lazysnap.errors import FormatError
 
@@ -34,7 +34,6 @@ MAGIC = b"lzsnerof"
 
 _PLACE = struct.Struct("<II")
 _FOOTER = struct.Struct("<8sIIQ")
-_SECOND = 10**9
 
 
 def make_trailer(places: Iterable[tuple[int, int]], length: int) -> bytes:
@@ -87,8 +86,11 @@ def overwrite(
 
     Returns:
         Offsets in the image, and the bytes to write there.
+
+    Raises:
+        InvalidArgument: there are no such users or times.
     """
     return (
         (offset + MODE_AT, MODE.pack(stat.S_IFDIR | stat.S_IMODE(mode))),
-        (offset + OWNER_AND_TIME_AT, OWNER_AND_TIME.pack(uid, gid, *divmod(mtime_ns, _SECOND))),
+        (offset + OWNER_AND_TIME_AT, owner_and_time(uid, gid, mtime_ns)),
     )

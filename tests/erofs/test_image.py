@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 import tarfile
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 
 from lazysnap.erofs.image import build
 from lazysnap.errors import FormatError
+from lazysnap.index.codec import build as make
+from lazysnap.index.codec import encode
 from lazysnap.index.model import IMPLIED, OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex
 from lazysnap.index.tree import Node, Tree
 from tests.erofs.trees import KEYS, check, expected, grow, mounted, names, node
 from tests.support import layers, odd
-from tests.support.indexes import index_of
+from tests.support.indexes import index_of, toc_of
 from tests.support.tree import differences, read_tree, report
 
 pytestmark = pytest.mark.root
@@ -196,6 +199,16 @@ def test_opaque(tmp_path: Path) -> None:
 def test_the_same_arguments_give_the_same_bytes() -> None:
     index = names(("a/b", node(size=4, xattrs={b"user.a": b"1"})))
     assert build(index) == build(index)
+
+
+def test_a_mapped_index(tmp_path: Path) -> None:
+    data = encode(make(toc_of(layers.estargz([layers.file("a/b", b"x"), layers.file("c")]))))
+    path = tmp_path / "index"
+    path.write_bytes(data)
+    with path.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    assert build(LayerIndex(mapped)) == build(LayerIndex(data))
+    mapped.close()  # nothing of what was read keeps it open
 
 
 def test_an_index_that_is_damaged() -> None:
