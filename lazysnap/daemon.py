@@ -99,6 +99,7 @@ async def _serve(
                 reserve_percent=config.cache.reserve_percent,
             ),
             log_level=config.log_level,
+            log_format=config.log_format,
             decode_threads=config.shards.decode_threads,
             limits=_limits(config),
             background=config.fetch.background,

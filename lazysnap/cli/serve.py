@@ -37,7 +37,7 @@ def command(
     settings = config.load(config_path)
     given = {"root": root, "address": address, "log_level": log_level}
     settings = msgspec.structs.replace(settings, **{k: v for k, v in given.items() if v})
-    log.setup(settings.log_level)
+    log.setup(settings.log_level, settings.log_format)
     from lazysnap import daemon  # after the options are known to be right: it loads grpc
 
     async def serve() -> None:

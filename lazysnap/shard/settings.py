@@ -27,6 +27,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
         registry: of the registry client.
         cache: limits of the cache.
         log_level: debug, info, warning or error.
+        log_format: auto, text, json or journal.
         max_requests: FUSE requests that are worked on at once.
         limits: on connections and bytes per second.
         background: fetch all of each layer when there is nothing more urgent.
@@ -40,6 +41,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
     registry: RegistrySettings = RegistrySettings()
     cache: CacheLimits = CacheLimits()
     log_level: str = "info"
+    log_format: str = "auto"
     max_requests: int = 128
     limits: Limits = Limits()
     background: bool = True

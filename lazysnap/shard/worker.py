@@ -344,7 +344,7 @@ def _drop_pages(layer: MountedLayer) -> None:
 async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
     memory.keep_freed()
     settings = read_settings(root)
-    log.setup(settings.log_level)
+    log.setup(settings.log_level, settings.log_format)
     status = EXIT_RESTART
     async with Registry(settings.registry) as registry, trio.open_nursery() as nursery:
         worker = Worker(root, number, settings, registry, nursery)

@@ -151,7 +151,12 @@ class LazySnapshots:
             except BaseException:
                 await self.release(0, mountpoint, attachment)
                 raise
-        _log.info("a layer is mounted lazily", remote_snapshot_prepared="true", name=name)
+        _log.info(
+            "a layer is mounted lazily",
+            remote_snapshot_prepared="true",
+            key=name,
+            parent=parent[0],
+        )
         raise AlreadyExists(f"lazy snapshot {name!r} is ready")
 
     async def check(self, lineage: Lineage) -> None:

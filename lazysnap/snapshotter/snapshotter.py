@@ -132,6 +132,7 @@ class Snapshotter:
                     remote_snapshot_prepared="false",
                     reason=reason,
                     key=key,
+                    parent=parent,
                 )
                 labels[REASON] = reason
             return await self._create(Kind.ACTIVE, key, parent, labels)
