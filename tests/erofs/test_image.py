@@ -64,8 +64,8 @@ def test_every_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in odd.ODD if name not in ("many", "bytes-names")])
 def test_odd_layers(name: str, tmp_path: Path) -> None:
-    for number, make in enumerate(odd.ODD[name]):
-        entries = list(make())
+    for number, layer in enumerate(odd.ODD[name]):
+        entries = list(layer())
         if name == "contents":
             entries = [entry for entry in entries if len(entry.data) < 1 << 20]
         tar = _tar(entries)
@@ -89,9 +89,10 @@ def test_sizes(size: int, key: str, tmp_path: Path) -> None:
     compare(names(("a", node()), ("b", node(size=size, key=key)), ("c", node(size=1))), tmp_path)
 
 
-def test_files_read_as_zeros_without_an_overlay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", KEYS)
+def test_files_read_as_zeros_without_an_overlay(key: str, tmp_path: Path) -> None:
     sizes = {"small": 1, "block": 4096, "more": 1 << 20, "large": 2**44}
-    index = names(*((name, node(size=size)) for name, size in sizes.items()))
+    index = names(*((name, node(size=size, key=key)) for name, size in sizes.items()))
     with mounted(build(index), tmp_path) as root:
         for name, size in sizes.items():
             with (root / name).open("rb") as file:
