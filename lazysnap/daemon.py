@@ -27,6 +27,7 @@ from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.shard_layers import ShardLayers
+from lazysnap.snapshotter.showing import Showing
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
@@ -119,8 +120,13 @@ async def _serve(
     try:
         async with Registry(registry_settings) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)
+            showing = Showing(cache, supervisor, kernel_trees=config.lazy.kernel_trees)
             opener = Opener(
-                cache.index, registry, builders, allow_unverified=config.lazy.allow_unverified
+                cache.index,
+                registry,
+                builders,
+                allow_unverified=config.lazy.allow_unverified,
+                trees=cache.trees if showing.composing else "",
             )
             user_namespace = mounts.overlay_facts().user_namespace
             layers = ShardLayers(
@@ -135,6 +141,7 @@ async def _serve(
                     seconds=config.fetch.learn_seconds,
                 ),
                 ProfileFinder(root, registry, enabled=config.fetch.find_profiles),
+                showing,
                 b"user.overlay.opaque" if user_namespace else b"trusted.overlay.opaque",
             )
             snapshotter = Snapshotter(

@@ -270,6 +270,13 @@ class ObjectStore:
                 os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
             self.note_removal()
 
+    def withdraw(self, key: bytes) -> None:
+        """Take an object out of the kernel's sight until the next call of `seal` that settles."""
+        name = self.name(key)
+        with contextlib.suppress(OSError):
+            os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
+            self._sealed.add(key)
+
     def recover(self) -> tuple[int, int]:
         """Put in order what earlier processes left, and what was done to it since.
 

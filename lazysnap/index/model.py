@@ -53,6 +53,11 @@ class FileContent(NamedTuple):
     partial_key: bytes | None
 
     @property
+    def has_object_key(self) -> bool:
+        """Whether the layer tells the digest of the whole file."""
+        return self.object_key != NO_KEY
+
+    @property
     def name(self) -> bytes:
         """What the content is called: the object key, or the partial key if there is none."""
         if self.object_key == NO_KEY and self.partial_key is not None:

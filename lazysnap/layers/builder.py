@@ -20,8 +20,10 @@ from typing import BinaryIO
 
 import msgspec
 
+from lazysnap import log
 from lazysnap.cache import INDEX_TAIL
 from lazysnap.digest import Digest
+from lazysnap.erofs.image import build as build_image
 from lazysnap.errors import FormatError, Internal, LazysnapError
 from lazysnap.formats.identify import identify
 from lazysnap.formats.location import TocLocation
@@ -30,7 +32,9 @@ from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.seed import write_seed
+from lazysnap.layers.trees import write_tree
 
+_log = log.get(__name__)
 LENGTH = struct.Struct(">I")
 # Enough for the largest table of contents that is accepted, with its tree.
 MEMORY_LIMIT = 6 << 30
@@ -41,6 +45,7 @@ class Job(msgspec.Struct, kw_only=True):
 
     Attributes:
         path: where the index goes.
+        tree: where the image of the tree goes, see `lazysnap.layers.trees`; empty for nowhere.
         blob_size: of the blob, in bytes.
         annotations: of the layer's descriptor.
         media_type: of the layer's descriptor, may be empty.
@@ -49,6 +54,7 @@ class Job(msgspec.Struct, kw_only=True):
     """
 
     path: str
+    tree: str = ""
     blob_size: int
     annotations: dict[str, str] = {}
     media_type: str = ""
@@ -97,7 +103,17 @@ def _build(job: Job, tail: bytes) -> Answer:
                 os.unlink(path)
         raise Internal(f"cannot store the index: {error}") from error
     index = LayerIndex(data)
+    _store_tree(job, index)
     return Answer(nodes=index.node_count, total_size=index.total_size, verified=index.verified)
+
+
+def _store_tree(job: Job, index: LayerIndex) -> None:
+    """Make the image of the tree while everything is at hand; who needs it can make it as well."""
+    if job.tree:
+        try:
+            write_tree(job.tree, build_image(index))
+        except LazysnapError as error:
+            _log.debug("image of a tree not made", path=job.tree, error=error)
 
 
 def _check(job: Job, location: TocLocation, data: memoryview) -> VerifiedToc:

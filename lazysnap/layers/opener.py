@@ -24,6 +24,7 @@ from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builders import Builders
+from lazysnap.layers.trees import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -97,6 +98,7 @@ class Opener:
         registry: client for manifests and blobs.
         builders: processes that build indexes.
         allow_unverified: accept layers for which no digest of the table of contents is known.
+        trees: directory for images of layers' trees; empty if they are not needed.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Opener:
         builders: Builders,
         *,
         allow_unverified: bool = False,
+        trees: str = "",
     ) -> None:
         self._directory = index_directory
+        self._trees = trees
         self._registry = registry
         self._builders = builders
         self._allow_unverified = allow_unverified
@@ -201,6 +205,7 @@ class Opener:
             data = await blob.read(location.offset, start - location.offset) + data
         job = Job(
             path=self._path(name),
+            tree=os.path.join(self._trees, tree_name(name)) if self._trees else "",
             blob_size=tail.size,
             annotations=dict(source.annotations),
             media_type=media_type,

@@ -44,6 +44,7 @@ class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
         opaque_xattr: name of the xattr that marks opaque directories for this node's overlay; empty
             if they hide nothing here.
         inherited: attributes of left-out directories.
+        below: the slots of the layers below it, nearest first.
     """
 
     version: int = _VERSION
@@ -56,6 +57,7 @@ class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
     manifest: str = ""
     opaque_xattr: bytes = b"trusted.overlay.opaque"
     inherited: list[Inherited] = []
+    below: list[int] = []
     annotations: dict[str, str] = {}
 
 

@@ -24,6 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError, NotFound
+from lazysnap.shard import contents
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 
 _log = log.get(__name__)
@@ -95,6 +96,7 @@ class Operations:
 
     def __init__(self, layers: MountedLayers, root: str, *, xattrs: bool) -> None:
         self.layers = layers
+        self.contents = contents.ContentView(layers)
         self.xattrs = xattrs
         self.root = root
         # pyfuse3 copies from them while it answers, before the next handler can run.
@@ -121,7 +123,11 @@ class Operations:
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Look a name up in a directory."""
         if parent == pyfuse3.ROOT_INODE:
+            if name == contents.NAME:
+                return _directory_entry(contents.ROOT)
             return await self._lookup_slot(name)
+        if contents.is_directory(parent):
+            return await self._lookup_content(parent, name)
         layer, node = await self._layer(parent)
         child = layer.index.lookup(node, name)
         if child < 0:
@@ -138,11 +144,19 @@ class Operations:
             raise FUSEError(errno.ENOENT) from error
         return _entry(layer, 0)
 
+    async def _lookup_content(self, parent: int, name: bytes) -> EntryAttributes:
+        found = await self.contents.lookup(parent, name)
+        if found is None:
+            if parent == contents.ROOT:  # as for slots
+                raise FUSEError(errno.ENOENT)
+            return self._absent
+        return _directory_entry(found) if isinstance(found, int) else _entry(*found)
+
     @_guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Attributes of an inode."""
-        if inode == pyfuse3.ROOT_INODE:
-            return _root_entry()
+        if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
+            return _directory_entry(inode)
         layer, node = await self._layer(inode)
         return _entry(layer, node)
 
@@ -163,6 +177,8 @@ class Operations:
         if fh == pyfuse3.ROOT_INODE:
             await self._list_slots(start_id, token)
             return
+        if contents.is_directory(fh):
+            return  # nobody but overlay comes here, and it asks by name
         layer, node = await self._layer(fh)
         index = layer.index
         position = start_id
@@ -219,7 +235,7 @@ class Operations:
         """
         if not self.xattrs:
             raise FUSEError(errno.ENOSYS)
-        if inode != pyfuse3.ROOT_INODE:
+        if inode != pyfuse3.ROOT_INODE and not contents.is_directory(inode):
             layer, node = await self._layer(inode)
             for key, value in layer.xattrs(node):
                 if key == name:
@@ -229,7 +245,7 @@ class Operations:
     @_guarded
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """Names of the extended attributes."""
-        if inode == pyfuse3.ROOT_INODE:
+        if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
             return []
         layer, node = await self._layer(inode)
         return [key for key, _ in layer.xattrs(node)]
@@ -274,9 +290,12 @@ def _entry(layer: MountedLayer, node: int) -> EntryAttributes:
     return entry
 
 
-def _root_entry() -> EntryAttributes:
+def _directory_entry(inode: int) -> EntryAttributes:
+    """A directory that is no layer's."""
     entry = EntryAttributes()
-    entry.st_ino = pyfuse3.ROOT_INODE
+    entry.st_ino = inode
+    if inode != pyfuse3.ROOT_INODE:
+        entry.entry_timeout = entry.attr_timeout = _FOR_EVER
     entry.st_mode = stat.S_IFDIR | 0o755
     entry.st_nlink = 2
     return entry

@@ -270,15 +270,15 @@ class Worker:
         Args:
             slots: of the image.
             since: when the start began, by the machine's monotonic clock.
-            fresh: have the kernel forget the pages it has, as reading them would not be seen.
+            fresh: have the kernel forget what it has, as reading that would not be seen.
         """
         for slot in slots:
             layer = await self.layers.load(slot)
-            if fresh:
-                await trio.to_thread.run_sync(_drop_pages, layer)
             if layer.recorder is None:
                 layer.recorder = Recorder()
             layer.recorder.begin(since)
+            if fresh:
+                await trio.to_thread.run_sync(self._drop_pages, layer)
 
     async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
         """End `record`; what was read, by layer digest.
@@ -316,6 +316,17 @@ class Worker:
 
         self._nursery.start_soon(later)
 
+    def _drop_pages(self, layer: MountedLayer) -> None:
+        """In a thread, as the kernel may wait for requests that the event loop answers."""
+        index = layer.index
+        for node in range(index.node_count):
+            attributes = index.attributes(node)
+            if stat.S_ISREG(attributes.mode) and attributes.size:
+                self.cache.objects.withdraw(index.file(node).object_key)
+                # ENOENT: the kernel does not know the inode
+                with contextlib.suppress(OSError):
+                    pyfuse3.invalidate_inode(layer.base + node)
+
     def _start_is_watched(self) -> bool:
         loaded = (self.layers.get(slot) for slot in self.layers.slots_loaded())
         recorders = (layer.recorder for layer in loaded if layer is not None)
@@ -330,15 +341,6 @@ async def _quiet() -> None:
     with trio.move_on_after(_QUIET_MOST_SECONDS):
         while time.monotonic() - activity.last < _QUIET_SECONDS:
             await trio.sleep(_QUIET_SECONDS / 4)
-
-
-def _drop_pages(layer: MountedLayer) -> None:
-    """In a thread, as the kernel may wait for requests that the event loop answers."""
-    for node in range(layer.index.node_count):
-        if stat.S_ISREG(layer.attributes(node).mode):
-            # ENOENT: the kernel does not know the inode
-            with contextlib.suppress(OSError):
-                pyfuse3.invalidate_inode(layer.base + node)
 
 
 async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:

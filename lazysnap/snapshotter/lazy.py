@@ -15,7 +15,7 @@ import trio
 from lazysnap import log
 from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, Unavailable
 from lazysnap.labels import REMOTE, SNAPSHOT_REF
-from lazysnap.overlay import Kind
+from lazysnap.overlay import Composition, Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.locks import KeyLocks, Turn
@@ -172,6 +172,12 @@ class LazySnapshots:
         """A container is about to start on a snapshot whose layers were just checked."""
         if self._remote is not None and lineage.attachments:
             self._remote.starting(self._attached(lineage.attachments))
+
+    def composition(self, lineage: Lineage | None) -> Composition | None:
+        """How overlay finds the bytes of a snapshot's lazy ancestors; see `RemoteLayers`."""
+        if self._remote is None or lineage is None or not lineage.attachments:
+            return None
+        return self._remote.composition(self._attached(lineage.attachments))
 
     async def _check(self, chain: Sequence[Attached]) -> None:
         if self._remote is None:

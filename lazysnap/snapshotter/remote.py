@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lazysnap.overlay import Composition
 from lazysnap.store.records import Attachment
 
 
@@ -84,6 +85,16 @@ class RemoteLayers(Protocol):
 
         Raises:
             Unavailable: one cannot serve.
+        """
+
+    def composition(self, chain: Sequence[Attached]) -> Composition | None:
+        """How overlay finds the bytes of layers whose trees alone are visible at their mount points.
+
+        Args:
+            chain: as for `check`.
+
+        Returns:
+            None if each mount point shows the bytes too.
         """
 
     def starting(self, chain: Sequence[Attached]) -> None:

@@ -31,10 +31,12 @@ from lazysnap.layers.slots import (
     write_slot,
 )
 from lazysnap.layers.view import LayerView, open_index
+from lazysnap.overlay import Composition
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.snapshotter.showing import Showing, record_of
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
 
@@ -65,6 +67,7 @@ class ShardLayers:
         nursery: where the other layers of an image are opened ahead.
         learner: of start-up profiles.
         finder: of profiles in the registry.
+        showing: makes layers visible.
         opaque_xattr: how overlay on this node marks opaque directories.
     """
 
@@ -76,6 +79,7 @@ class ShardLayers:
         nursery: trio.Nursery,
         learner: Learner,
         finder: ProfileFinder,
+        showing: Showing,
         opaque_xattr: bytes = b"trusted.overlay.opaque",
     ) -> None:
         self._root = root
@@ -84,6 +88,7 @@ class ShardLayers:
         self._nursery = nursery
         self._learner = learner
         self._finder = finder
+        self._showing = showing
         self._opaque_xattr = opaque_xattr
         self._warned: dict[int, float] = {}
         self._ahead: set[Digest] = set()
@@ -126,6 +131,7 @@ class ShardLayers:
             manifest=str(request.manifest_digest or ""),
             opaque_xattr=merged.opaque_xattr,
             inherited=merged.inherited,
+            below=[lower.attachment.slot for lower in lowers if lower.attachment is not None],
         )
         packed = msgspec.msgpack.encode(record)
         attachment = Attachment(slot, record.shard, record.layer_digest, packed)
@@ -140,7 +146,7 @@ class ShardLayers:
                 reads=await self._learner.reads(record),
                 reachable=opened.fetched,
             )
-            await trio.to_thread.run_sync(self._bind, attachment, mountpoint)
+            await trio.to_thread.run_sync(self._showing.show, record, mountpoint)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.release(Attached(0, mountpoint, attachment))
@@ -184,7 +190,7 @@ class ShardLayers:
     def _tree(self, lower: Lower) -> LowerTree:
         if lower.attachment is None:
             return DirectoryTree(lower.directory)
-        record = _record(lower.attachment)
+        record = record_of(lower.attachment)
         return ViewTree(LayerView(record, open_index(self._index_path(record.index))))
 
     def _index_path(self, name: str) -> str:
@@ -227,7 +233,7 @@ class ShardLayers:
                 await self._restore_index(attached)
             await self._supervisor.call(shard, "detach", slots=slots, reload=True)
             health = await self._health(shard, slots)
-        await trio.to_thread.run_sync(self._restore_mounts, chain)
+        await trio.to_thread.run_sync(self._showing.restore, chain)
         return health
 
     async def _health(self, shard: int, slots: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
@@ -259,10 +265,14 @@ class ShardLayers:
                 self._warned[slot] = now
                 _log.warning("what is not local of a layer cannot be read", layer=layer, why=detail)
 
+    def composition(self, chain: Sequence[Attached]) -> Composition | None:
+        """How overlay finds the bytes of files; see `RemoteLayers`."""
+        return self._showing.composition(chain)
+
     def starting(self, chain: Sequence[Attached]) -> None:
         """A container is about to start; see `RemoteLayers`."""
         try:
-            records = [_record(each.attachment) for each in chain]
+            records = [record_of(each.attachment) for each in chain]
         except LazysnapError as error:
             _log.warning("start not watched", error=error)
             return
@@ -280,7 +290,7 @@ class ShardLayers:
         await trio.to_thread.run_sync(self._restore_records, attached)
         shards = {each.attachment.shard for each in attached}
         await self._supervisor.start(shards)
-        await trio.to_thread.run_sync(self._restore_mounts, attached)
+        await trio.to_thread.run_sync(self._showing.restore, attached)
         for shard in shards:
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(shard, "detach", slots=stale)
@@ -291,7 +301,7 @@ class ShardLayers:
         for each in attached:
             slot = each.attachment.slot
             try:
-                record = _record(each.attachment)
+                record = record_of(each.attachment)
                 try:
                     if read_slot(self._root, slot) == record:
                         continue
@@ -304,7 +314,7 @@ class ShardLayers:
     async def _restore_index(self, attached: Attached) -> None:
         """Make the index of a layer anew if it is damaged or gone."""
         try:
-            record = _record(attached.attachment)
+            record = record_of(attached.attachment)
             source = LayerSource(
                 Reference.parse(record.reference),
                 Digest.parse(record.layer_digest),
@@ -318,24 +328,6 @@ class ShardLayers:
         except LazysnapError as error:
             _log.error("index not restored", slot=attached.attachment.slot, error=error)
 
-    def _restore_mounts(self, attached: Sequence[Attached]) -> None:
-        """Bind each layer that is not visible, or visible through a mount that is gone."""
-        points = {point.path: point for point in mounts.mount_points()}
-        for each in attached:
-            there = points.get(each.mountpoint)
-            shard = points.get(self._supervisor.mountpoint(each.attachment.shard))
-            if there is not None and shard is not None and there.device == shard.device:
-                continue
-            try:
-                if there is not None:
-                    mounts.unmount(each.mountpoint)
-                self._bind(each.attachment, each.mountpoint)
-            except LazysnapError as error:
-                _log.error("layer not mounted", slot=each.attachment.slot, error=error)
-
-    def _bind(self, attachment: Attachment, mountpoint: str) -> None:
-        mounts.bind(self._supervisor.directory(attachment.shard, attachment.slot), mountpoint)
-
     async def release(self, attached: Attached) -> None:
         """Unmount and forget a layer; see `RemoteLayers`."""
         slot = attached.attachment.slot
@@ -347,10 +339,3 @@ class ShardLayers:
             remove_slot(self._root, slot)
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(attached.attachment.shard, "detach", slots=[slot])
-
-
-def _record(attachment: Attachment) -> SlotRecord:
-    try:
-        return msgspec.msgpack.decode(attachment.record, type=SlotRecord)
-    except msgspec.MsgspecError as error:
-        raise Internal(f"the record of slot {attachment.slot} is damaged: {error}") from error

@@ -156,7 +156,8 @@ class Snapshotter:
         if lineage.snapshot.kind is Kind.COMMITTED:
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts")
         await self._lazy.check(lineage)
-        return self._mounts(lineage.snapshot.kind, lineage.snapshot.id, lineage.ancestors)
+        found = lineage.snapshot
+        return self._mounts(found.kind, found.id, lineage.ancestors, lineage)
 
     async def commit(
         self, name: str, key: str, labels: Mapping[str, str] = NO_LABELS, parent: str = ""
@@ -291,7 +292,7 @@ class Snapshotter:
 
             await trio.to_thread.run_sync(build)
             number = await self._in_turn(place)
-        return self._mounts(kind, number, ancestors)
+        return self._mounts(kind, number, ancestors, below)
 
     async def _below_new(self, key: str, parent: str) -> Lineage | None:
         """The parent of a snapshot to be made; raises what making it would raise."""
@@ -302,5 +303,10 @@ class Snapshotter:
 
         return await self._in_turn(look)
 
-    def _mounts(self, kind: Kind, number: int, ancestors: Sequence[int]) -> tuple[Mount, ...]:
-        return overlay.mounts(self._dirs.snapshots, kind, number, ancestors, self._options)
+    def _mounts(
+        self, kind: Kind, number: int, ancestors: Sequence[int], below: Lineage | None
+    ) -> tuple[Mount, ...]:
+        composition = self._lazy.composition(below)
+        return overlay.mounts(
+            self._dirs.snapshots, kind, number, ancestors, self._options, composition
+        )

@@ -78,7 +78,7 @@ class Scene:
     def restart_worker(self) -> None:
         """Another worker, which knows nothing of what this one has verified."""
         self.it.lazysnap.call(0, "restart")
-        wait_until(self._another_worker, 10)
+        wait_until(self._another_worker)
 
     def _another_worker(self) -> bool:
         with contextlib.suppress(OSError):  # the old one ends while it is asked
@@ -148,7 +148,7 @@ def test_a_disk_that_others_have_filled_does_not_keep_from_reading(scene: Scene)
     assert scene.log_lines(_TROUBLE) == 1
     assert scene.all_is_up()
     other.unlink()
-    wait_until(lambda: scene.read() == scene.digest and any(scene.disk.glob("cache/*/??/*")), 20)
+    wait_until(lambda: scene.read() == scene.digest and any(scene.disk.glob("cache/*/??/*")))
 
 
 def test_without_inodes_small_files_are_read(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_profile_goes_through_the_registry_to_a_node_that_never_ran_the_image(
     it.lazysnap.stop()  # which remembers for some minutes that there was none
     it.start_daemon()
     it.pull(reference)
-    wait_until(lambda: _cached(it, "data/many/007"), 10)
+    wait_until(lambda: _cached(it, "data/many/007"))
     assert len(_profile_files(it)) == 1
     assert "profile found in the registry" in it.lazysnap.log()
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tests.support.stack import Stack, stack, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
-_LEARN = "[fetch]\nbackground = false\nlearn_seconds = 2.0\n[shards]\ncount = 2\n"
+# A start is watched for so long that a container has ended by then on a slow machine, too.
+_LEARN_SECONDS = 10.0
+_LEARN = f"[fetch]\nbackground = false\nlearn_seconds = {_LEARN_SECONDS}\n[shards]\ncount = 2\n"
 _EXTRA = {f"extra/{n}": random.Random(n).randbytes(300_000) for n in range(8)}
 
 
@@ -64,19 +67,21 @@ def _forget(it: Stack, reference: str) -> None:
 def _learn(it: Stack, reference: str) -> None:
     it.pull(reference)
     it.run(reference, "sh", "-c", "cat /extra/2 /extra/6 | wc -c")
-    wait_until(lambda: _profiles(it), 15)
+    wait_until(lambda: _profiles(it))
 
 
 def test_a_second_pull_fetches_what_the_first_start_read(tmp_path: Path) -> None:
     with stack(tmp_path, config=_LEARN) as it:
         reference = _push(it)
+        begun = time.monotonic()
         _learn(it, reference)
+        elapsed = 1000 * (time.monotonic() - begun)
         (profile,) = _profiles(it)
         read = {path for found in profile["layers"].values() for path, *_ in found}
         assert {"extra/2", "extra/6"} <= read
         assert not read & {"extra/0", "extra/4"}
         times = [at for found in profile["layers"].values() for *_, at in found]
-        assert 0 <= min(times) <= max(times) <= 2500
+        assert 0 <= min(times) <= max(times) <= elapsed
 
         _forget(it, reference)
         it.pull(reference)
@@ -85,9 +90,9 @@ def test_a_second_pull_fetches_what_the_first_start_read(tmp_path: Path) -> None
             return {hashlib.sha256(_EXTRA[path]).hexdigest() for path in paths}
 
         # Nobody reads.
-        wait_until(lambda: names({"extra/2", "extra/6"}) <= _objects(it), 15)
+        wait_until(lambda: names({"extra/2", "extra/6"}) <= _objects(it))
         wanted = sum(read[2] for found in profile["layers"].values() for read in found)
-        wait_until(lambda: sum(_local(it).values()) >= wanted, 15)
+        wait_until(lambda: sum(_local(it).values()) >= wanted)
         assert not names(set(_EXTRA) - {"extra/2", "extra/6"}) & _objects(it)
 
 
@@ -98,7 +103,7 @@ def test_a_worker_that_dies_while_watched_teaches_nothing_wrong(tmp_path: Path) 
         it.run(reference, "md5sum", "/extra/1")
         for pid in it.lazysnap.workers().values():
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: "start not learned" in it.lazysnap.log(), 20)
+        wait_until(lambda: "start not learned" in it.lazysnap.log())
         assert _profiles(it) == []
         _learn(it, reference)
 
@@ -145,7 +150,7 @@ def test_background_fetches_everything_until_all_layers_are_local(tmp_path: Path
                 for health in it.lazysnap.call(shard, "health", slots=_slots(it, shard)).values()
             }
 
-        wait_until(lambda: states() == {"local"}, 30)
+        wait_until(lambda: states() == {"local"})
         before = {digest: layer["fetched_bytes"] for digest, layer in _status(it).items()}
         assert all(layer["fetched_bytes"] <= layer["blob_bytes"] for layer in _status(it).values())
         # All of it can be read without the registry.

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from tests.support.stack import Stack, stack, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
-# Reads all files of a tree again and again with cold caches, until told to stop by a file; prints the
-# number of rounds, or the first error.
+# Reads all files of a tree again and again with cold caches, until told to stop by a file; prints a
+# line before it begins, and then the number of rounds, or the first error.
 _READER = """
 import hashlib, os, sys
 tree, stop, expected = sys.argv[1:4]
 rounds = 0
-while not os.path.exists(stop):
+print("reading", flush=True)
+while True:
     names = sorted(os.listdir(tree))
     total = hashlib.sha256()
     for name in names:
@@ -38,6 +40,8 @@ while not os.path.exists(stop):
     if total.hexdigest() != expected:
         sys.exit(f"wrong bytes in round {rounds}")
     rounds += 1
+    if os.path.exists(stop):
+        break
 print(rounds)
 """
 
@@ -82,6 +86,9 @@ def test_a_worker_killed_under_readers_is_not_noticed(it: Stack) -> None:
         )
         for _ in range(4)
     ]
+    for reader in readers:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
     killed = 0
     for _ in range(6):
         time.sleep(0.25)
@@ -89,7 +96,7 @@ def test_a_worker_killed_under_readers_is_not_noticed(it: Stack) -> None:
             os.kill(pid, signal.SIGKILL)
             killed += 1
     stop.touch()
-    results = [reader.communicate(timeout=60) for reader in readers]
+    results = [reader.communicate(timeout=600) for reader in readers]
     assert killed >= 6
     assert [error for _, error in results if error] == []
     assert all(int(rounds) > 0 for rounds, _ in results)
@@ -100,10 +107,11 @@ def test_containers_run_on_while_the_daemon_dies_and_restarts(it: Stack) -> None
         "lazy", ["estargz"] * 3, payload=random.Random(1).randbytes(3 << 20)
     )
     it.pull(reference)
+    name = f"survivor-{uuid.uuid4().hex[:12]}"  # known to the whole machine
     script = "while [ ! -e /stop ]; do md5sum /data/payload /data/many/* >/dev/null || exit 1; done"
     container = subprocess.Popen(
         it.containerd.ctr_command(
-            *("run", "--rm", "--snapshotter", "lazysnap", reference, "survivor"),
+            *("run", "--rm", "--snapshotter", "lazysnap", reference, name),
             *("sh", "-c", script),
         ),
         stdout=subprocess.PIPE,
@@ -111,7 +119,7 @@ def test_containers_run_on_while_the_daemon_dies_and_restarts(it: Stack) -> None
         text=True,
     )
     try:
-        wait_until(lambda: "RUNNING" in it.containerd.ctr("tasks", "ls"), 20)
+        wait_until(lambda: "RUNNING" in it.containerd.ctr("tasks", "ls"))
         keepers = it.lazysnap.keepers()
         for end in (it.lazysnap.kill, it.lazysnap.stop):
             end()
@@ -119,8 +127,8 @@ def test_containers_run_on_while_the_daemon_dies_and_restarts(it: Stack) -> None
             assert container.poll() is None
             it.start_daemon()
         assert it.lazysnap.keepers() == keepers
-        it.containerd.ctr("tasks", "exec", "--exec-id", "x1", "survivor", "touch", "/stop")
-        output, _ = container.communicate(timeout=30)
+        it.containerd.ctr("tasks", "exec", "--exec-id", "x1", name, "touch", "/stop")
+        output, _ = container.communicate(timeout=300)
         assert (container.returncode, output) == (0, "")
     finally:
         container.kill()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of layers' trees in `cache/trees`: made once, checked before each use.
+
+A layer of which nothing is left out has one image, whose name is that of its index. What it shows of
+directories that it leaves out depends on the layers below; each such place has an image of its own, a
+copy of the first with other attributes. An image is not synced when it is written: it ends with a
+checksum, and what is torn by a power cut is made again. Does not mount anything. All functions block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+
+import msgspec
+from isal import isal_zlib
+
+from lazysnap import log
+from lazysnap.cache import Cache
+from lazysnap.erofs.image import build
+from lazysnap.erofs.trailer import overwrite, read_trailer
+from lazysnap.errors import FormatError, Internal
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.slots import Inherited
+from lazysnap.layers.view import open_index
+
+_log = log.get(__name__)
+_END = struct.Struct("<II")
+# Another writer gives other images: a part of the name.
+_VERSION = 1
+_OPAQUE = b"trusted.overlay.opaque"
+
+
+def tree_name(
+    index_name: str, inherited: Sequence[Inherited] = (), opaque_xattr: bytes = _OPAQUE
+) -> str:
+    """The name of an image.
+
+    Args:
+        index_name: of the layer's index.
+        inherited: attributes of directories that the layer leaves out.
+        opaque_xattr: name of the xattr that marks opaque directories.
+    """
+    name = f"{index_name}.{_VERSION}"
+    if not inherited and opaque_xattr == _OPAQUE:
+        return name
+    place = msgspec.msgpack.encode((opaque_xattr, list(inherited)))
+    return f"{name}-{hashlib.sha256(place).hexdigest()[:32]}"
+
+
+def ensure_tree(
+    cache: Cache,
+    index_name: str,
+    inherited: Sequence[Inherited] = (),
+    opaque_xattr: bytes = _OPAQUE,
+) -> str:
+    """Make sure that the image of a tree is there and whole.
+
+    Args:
+        cache: that has the layer's index.
+        index_name: of the layer's index.
+        inherited: attributes of directories that the layer leaves out.
+        opaque_xattr: name of the xattr that marks opaque directories.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FormatError: the tree has something that such an image cannot hold.
+        Internal: the index or the disk cannot be used.
+    """
+    path = os.path.join(cache.trees, tree_name(index_name, inherited, opaque_xattr))
+    if _read(path) is not None:
+        return path
+    whole = opaque_xattr == _OPAQUE and not any(entry.xattrs for entry in inherited)
+    base = _read(os.path.join(cache.trees, tree_name(index_name))) if whole else None
+    image = (
+        _patched(base, inherited)
+        if base is not None
+        else build(_index(cache, index_name), opaque_xattr=opaque_xattr, inherited=inherited)
+    )
+    write_tree(path, image)
+    return path
+
+
+def write_tree(path: str, image: bytes | bytearray) -> None:
+    """Store an image.
+
+    Raises:
+        Internal: the disk refuses.
+    """
+    aside = f"{path}.new-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        with open(aside, "wb") as file:
+            file.write(image)
+            file.write(_END.pack(isal_zlib.crc32(image), len(image) & 0xFFFFFFFF))
+        os.rename(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise Internal(f"cannot store {path}: {error.strerror}") from error
+
+
+def _index(cache: Cache, name: str) -> LayerIndex:
+    return open_index(os.path.join(cache.index, name))
+
+
+def _read(path: str) -> bytes | None:
+    """A stored image, or None if there is none that is whole."""
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as stored,
+            memoryview(stored) as view,
+            view[: -_END.size] as image,
+        ):
+            if _END.unpack(view[-_END.size :]) == (isal_zlib.crc32(image), len(image)):
+                return bytes(image)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, struct.error) as error:
+        _log.warning("image of a tree is made anew", path=path, error=error)
+        return None
+    _log.warning("image of a tree is damaged, it is made anew", path=path)
+    return None
+
+
+def _patched(image: bytes, inherited: Sequence[Inherited]) -> bytearray:
+    places = read_trailer(image)
+    copy = bytearray(image)
+    for entry in inherited:
+        try:
+            offset = places[entry.node]
+        except KeyError as error:
+            raise FormatError(f"directory {entry.node} is not one that is left out") from error
+        for at, data in overwrite(
+            offset, mode=entry.mode, uid=entry.uid, gid=entry.gid, mtime_ns=entry.mtime_ns
+        ):
+            copy[at : at + len(data)] = data
+    return copy
