@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -30,6 +31,8 @@ _log = log.get(__name__)
 _MAX_PROMOTED = 64 << 30
 _COMPLAIN_EVERY_SECONDS = 60.0
 _MOST_OPEN = 4096
+# As much as the kernel asks for at once (FUSE_MAX_MAX_PAGES of libfuse).
+_LARGEST_READ = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -56,6 +59,8 @@ class Parts:
     users: int = 0
     evicted: bool = False
     promoting: bool = False
+    # The kernel lets one thread at a time write to a file, and the others spin on a CPU until then.
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def fd(self) -> int:
@@ -77,6 +82,9 @@ class Contents:
         cache: where the contents are.
         limit: how many may be open; by default as many as leave enough descriptors for the rest.
         evictor: makes room when the disk is full; None if nothing shall.
+
+    Attributes:
+        buffer: for one who reads and hands on what it read at once.
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class Contents:
         self.cache = cache
         self.evictor = evictor
         self.limit = _affordable() if limit is None else limit
+        self.buffer = memoryview(bytearray(_LARGEST_READ))
         self._open: OrderedDict[bytes, Content] = OrderedDict()
         self._complaints: dict[str, float] = {}
 
@@ -272,7 +281,8 @@ def store_chunk(
             if file is None:
                 objects.put(content.object_key, data)
             else:
-                file.file.write(i - content.first_chunk, chunk.file_offset, data)
+                with file.writing:
+                    file.file.write(i - content.first_chunk, chunk.file_offset, data)
             break
         except OSError as error:
             if not again or not contents.make_room(error, chunk.size):

@@ -20,6 +20,8 @@ from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.contents import Content, Contents, Parts, Whole
 from lazysnap.layers.fetch import Fetcher
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 
 # What was just stored can be evicted, or dropped by another process, before it is read.
 _ATTEMPTS = 4
@@ -56,7 +58,8 @@ class LayerReader:
             size: how many bytes at the most.
 
         Returns:
-            The bytes, fewer than `size` only at the end of the file; None when it has to wait.
+            The bytes, fewer than `size` only at the end of the file; None when it has to wait. They
+            are good until the next call for any layer, as all calls share one buffer.
         """
         file = self.index.file(node)
         size = min(size, file.size - offset)
@@ -69,7 +72,10 @@ class LayerReader:
             if self._unusable(content, node, file, offset, size):
                 return None
             self.fetcher.advance(self.index.chunk(self.index.chunk_at(node, offset)).member)
-        return _read_resident(content.fd, offset, size)
+        # Not a new one each time: to clear a megabyte takes as long as to read it.
+        shared = self._contents.buffer
+        buffer = shared[:size] if size <= len(shared) else memoryview(bytearray(size))
+        return buffer if _read_resident(content.fd, offset, buffer) else None
 
     async def read(self, node: int, offset: int, size: int) -> bytes:
         """Read a range of a file, wherever its bytes are now.
@@ -107,6 +113,8 @@ class LayerReader:
         members = sorted({self.index.chunk(i).member for i in chunks})
         flights = self.fetcher.fetch(members) if members else []
         if members:
+            counts.add(families.READS_MISSED)
+            counts.add(families.READ_BYTES_MISSED, amount=size)
             self._missed(node)
         unstored: dict[int, bytes] = {}
         for flight in flights:
@@ -201,14 +209,13 @@ class LayerReader:
         return bytes(result) if len(result) == size else None
 
 
-def _read_resident(fd: int, offset: int, size: int) -> bytes | memoryview | None:
-    """Read from the page cache only; None when some of it is not there."""
-    buffer = bytearray(size)
+def _read_resident(fd: int, offset: int, buffer: memoryview) -> bool:
+    """Fill a buffer from the page cache only; False when some of it is not there."""
     try:
         count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
-            return None
+            return False
         # A file system without RWF_NOWAIT.
         count = os.preadv(fd, [buffer], offset)
-    return memoryview(buffer) if count == size else None
+    return count == len(buffer)
