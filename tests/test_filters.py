@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -143,9 +142,8 @@ def test_the_remote_snapshot_filter_tells_what_it_requires() -> None:
 
 def test_a_hostile_pattern_takes_no_time() -> None:
     match = filters.compile(["a~=^(a+)+$"])
-    begin = time.perf_counter()
+    # By trying all ways to match it, this would never end.
     assert not match(lambda _path: "a" * 100_000 + "b")
-    assert time.perf_counter() - begin < 1
 
 
 def test_an_error_shows_little_of_a_long_filter() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import time
 import tracemalloc
 from typing import Any
 
@@ -105,13 +104,11 @@ def test_tiny_elements_do_not_multiply_memory(element: str) -> None:
     count = (20 << 20) // len(element)
     data = b'{"version":1,"entries":[' + ",".join([element] * count).encode() + b"]}"
     tracemalloc.start()
-    started = time.monotonic()
     try:
         with pytest.raises(FormatError):
             for _ in toc.entries(data, limit=100_000):
                 pass
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
-        assert time.monotonic() - started < 5
     finally:
         tracemalloc.stop()
 

@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import io
 import tarfile
-import time
 import tracemalloc
 
 import pytest
@@ -125,10 +124,8 @@ def test_gzip_bomb() -> None:
     location = identify(blob[-FOOTER_SIZE:], len(blob), {})
     tracemalloc.start()
     try:
-        started = time.monotonic()
         with pytest.raises(FormatError, match="claims"):
             trust_unverified_toc(location, blob)
-        assert time.monotonic() - started < 1
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()

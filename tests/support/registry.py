@@ -46,7 +46,8 @@ from typing import Any
 
 import trio
 
-from fixtures.processes import accepts, daemon, free_port
+from fixtures.processes import daemon
+from fixtures.registry import listening_port
 from lazysnap import oci
 from lazysnap.digest import Digest
 from tests.support.uploads import Answer as UploadAnswer
@@ -56,11 +57,11 @@ _Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 _CONFIG = """\
 version: 0.1
-log: {{level: error, accesslog: {{disabled: true}}}}
+log: {{level: info, accesslog: {{disabled: true}}}}
 storage:
   filesystem: {{rootdirectory: {storage}}}
 http:
-  addr: 127.0.0.1:{port}
+  addr: 127.0.0.1:0
 {auth}
 """
 
@@ -96,17 +97,19 @@ def docker_registry(
     directory: Path, *, htpasswd: Mapping[str, str] | None = None
 ) -> Iterator[DockerRegistry]:
     """Run Debian's docker-registry with its data below `directory`."""
-    port = free_port()
     auth = ""
     if htpasswd:
         lines = [_htpasswd(name, password) for name, password in htpasswd.items()]
         (directory / "htpasswd").write_text("\n".join(lines) + "\n")
         auth = f"auth: {{htpasswd: {{realm: test, path: {directory}/htpasswd}}}}"
     config = directory / "registry.yml"
-    config.write_text(_CONFIG.format(storage=directory / "storage", port=port, auth=auth))
+    config.write_text(_CONFIG.format(storage=directory / "storage", auth=auth))
     command = ["docker-registry", "serve", str(config)]
-    with daemon(command, directory / "registry.log", ready=partial(accepts, port)):
-        yield DockerRegistry(port, next(iter(htpasswd.items())) if htpasswd else None)
+    log = directory / "registry.log"
+    with daemon(command, log, ready=lambda: listening_port(log) > 0):
+        yield DockerRegistry(
+            listening_port(log), next(iter(htpasswd.items())) if htpasswd else None
+        )
 
 
 def _htpasswd(name: str, password: str) -> str:

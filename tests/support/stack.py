@@ -104,15 +104,15 @@ class Lazysnap:
     def call(self, shard: int, name: str, **arguments: Any) -> Any:
         """Call a worker's control socket; waits for one that is just being replaced."""
         path = self.root / "shards" / f"{shard}.sock"
-        wait_until(lambda: accepts(path))
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(str(path))
-            body = msgpack.packb({"call": name, "args": arguments})
-            connection.sendall(len(body).to_bytes(4, "big") + body)
-            with connection.makefile("rb") as stream:
-                length = int.from_bytes(stream.read(4), "big")
-                answer = msgpack.unpackb(stream.read(length), strict_map_key=False)
+        answers: list[dict[str, Any]] = []
+
+        def answered() -> bool:
+            with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
+                answers.append(_ask(path, {"call": name, "args": arguments}))
+            return bool(answers)
+
+        wait_until(answered)
+        (answer,) = answers
         if "error" in answer:
             raise RuntimeError(str(answer["error"]))
         return answer["ok"]
@@ -131,6 +131,22 @@ class Lazysnap:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def _ask(path: Path, question: dict[str, Any]) -> dict[str, Any]:
+    """Call a worker once; one that is just being killed may hang up."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(str(path))
+        body = msgpack.packb(question)
+        connection.sendall(len(body).to_bytes(4, "big") + body)
+        with connection.makefile("rb") as stream:
+            head = stream.read(4)
+            data = stream.read(int.from_bytes(head, "big"))
+    if len(head) < 4 or len(data) < int.from_bytes(head, "big"):
+        raise EOFError
+    answer: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
+    return answer
 
 
 class Stack:

@@ -72,14 +72,17 @@ def _store_one(cache: Cache, data: bytes, number: int) -> bool:
 def store(cache: Cache, seed: int) -> None:
     evictor = Evictor(cache, CacheLimits(_LIMIT, reserve_bytes=0, reserve_percent=0))
     numbers = itertools.count()
+    taken = 0
     for turn in itertools.count(1):
-        several = itertools.islice(numbers, _ROUND)
-        stored = [n for n in several if _store_one(cache, content(seed, n), n)]
+        several = {n: content(seed, n) for n in itertools.islice(numbers, _ROUND)}
+        stored = [n for n, data in several.items() if _store_one(cache, data, n)]
+        taken += sum(map(len, several.values()))
         cache.objects.seal()
         print("sealed", *stored, flush=True)
         if turn % _EVICT_EVERY == 0:
             print("evicting", flush=True)
-            evictor.look()
+            evictor.stored(taken)  # which looks, as it is much
+            taken = 0
 
 
 def look(cache: Cache, seed: int, last: int, sealed: list[int]) -> None:

@@ -9,12 +9,12 @@ written yet missing, and a sync, a commit of the journal or a write-back half do
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,38 +27,52 @@ from tests.support.filesystems import make_image, mounted
 pytestmark = pytest.mark.root
 MIB = 1 << 20
 _CUTS = 10
+_BETWEEN_CUTS = 24  # contents
 _KINDS = [kind for kind in ("ext4", "xfs") if shutil.which(f"mkfs.{kind}")]
 
 
 class _Storing:
-    """The process that stores, and what it has said."""
+    """The process that stores, and what it had said when it was last listened to.
+
+    Nobody listens in the background: what is heard in a frozen moment must be all that was said.
+    """
 
     def __init__(self, cache: Path, seed: int) -> None:
-        self.lock = threading.Lock()
         self.sealed: set[int] = set()
         self.last = 0
+        self._begun = b""
         command = [sys.executable, "-m", "tests.system.power_cut", "store", str(cache), str(seed)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
-
-    def _listen(self) -> None:
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            word, *numbers = line.split()
-            with self.lock:
-                if word == "sealed":
+        self._output = self.process.stdout
+        os.set_blocking(self._output.fileno(), False)
+
+    def listen(self) -> None:
+        while True:
+            try:
+                heard = os.read(self._output.fileno(), 1 << 16)
+            except BlockingIOError:
+                return
+            assert heard, "it has ended"
+            *lines, self._begun = (self._begun + heard).split(b"\n")
+            for line in lines:
+                word, *numbers = line.split()
+                if word == b"sealed":
                     self.sealed.update(map(int, numbers))
                     self.last = max(self.last, *self.sealed)
                 else:
                     self.sealed.clear()
 
+    def wait_for(self, number: int) -> None:
+        """Listen until a content with this number or a later one is sealed."""
+        while self.last < number:
+            time.sleep(0.05)
+            self.listen()
+
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._listener.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._output.close()
 
 
 @contextmanager
@@ -109,17 +123,15 @@ def test_after_a_power_cut_all_that_opens_is_right(kind: str, tmp_path: Path) ->
             with mounted(disk, tmp_path / "inner"):
                 storing = _Storing(tmp_path / "inner" / "cache", seed)
                 try:
-                    while not storing.last:
-                        assert storing.process.poll() is None
-                        time.sleep(0.05)
                     for number in range(_CUTS):
+                        storing.wait_for(_BETWEEN_CUTS * (number + 1))  # however slow the machine
                         time.sleep(moments.uniform(0.05, 0.6))  # a random moment is the point
-                        with storing.lock:
-                            known = storing.last, sorted(storing.sealed)
+                        storing.listen()
+                        last, sealed = storing.last, set(storing.sealed)
                         with _frozen(tmp_path / "outer"):
                             # What is evicted between the two lines above is not to be missed.
-                            with storing.lock:
-                                known = known[0], sorted(storing.sealed & set(known[1]))
+                            storing.listen()
+                            known = last, sorted(storing.sealed & sealed)
                             copy = Path(memory, f"cut{number}")
                             subprocess.run(["cp", "--sparse=always", disk, copy], check=True)
                         _recover(kind, copy)
