@@ -22,10 +22,12 @@ import trio
 import lazysnap
 from lazysnap import channel, log, mounts
 from lazysnap.errors import Internal, LazysnapError, Unavailable
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.shard.settings import FIRST_XATTR_SHARD
 
 _log = log.get(__name__)
-_START_SECONDS = 15.0
+_START_SECONDS = 30.0
 _PING_SECONDS = 2.0
 _WATCH_SECONDS = 5.0
 _END_SECONDS = 2.0
@@ -141,6 +143,7 @@ class Supervisor:
             if who["version"] != lazysnap.__version__:
                 _log.info("worker of another release is replaced", shard=number, was=who["version"])
                 await self.call(number, "restart")
+                counts.add(families.SHARD_RESTARTS, "release")
                 await self._wait(number, not_pid=who["pid"])
 
     async def call(
@@ -179,6 +182,7 @@ class Supervisor:
     async def _look_after(self, shard: _Shard) -> None:
         if not self._kept(shard.number) and not await self._answers(shard):
             _log.error("shard is gone, mounting it anew", shard=shard.number)
+            counts.add(families.SHARD_RESTARTS, "gone")
             await self.ensure(shard.number)
             return
         if await self._answers(shard):
@@ -188,6 +192,7 @@ class Supervisor:
         if shard.silent_pings >= _STUCK_PINGS and shard.worker:
             _log.error("worker does not answer, killing it", shard=shard.number, pid=shard.worker)
             self._signal(shard.number, shard.worker, signal.SIGKILL)
+            counts.add(families.SHARD_RESTARTS, "stuck")
             shard.worker = 0
             shard.silent_pings = 0
 
@@ -196,17 +201,29 @@ class Supervisor:
             who = await self.call(shard.number, "ping")
         except LazysnapError:
             return False
+        if shard.worker not in (0, who["pid"]):
+            _log.warning("worker was replaced", shard=shard.number, was=shard.worker)
+            counts.add(families.SHARD_RESTARTS, "died")
         shard.worker = who["pid"]
         return True
 
-    async def ping_all(self) -> Mapping[int, Mapping[str, Any] | None]:
-        """What each shard says of itself; None for one that does not answer."""
-        answers: dict[int, Mapping[str, Any] | None] = {}
+    async def call_all(
+        self, name: str, *, timeout: float = _PING_SECONDS, **args: Any
+    ) -> dict[int, Any]:
+        """What all shards answer; None for one that does not, or answers an error.
+
+        Args:
+            name: of the call.
+            timeout: longest wait, in seconds.
+            args: of the call.
+        """
+        answers: dict[int, Any] = {}
 
         async def one(number: int) -> None:
             try:
-                answers[number] = await self.call(number, "ping")
-            except LazysnapError:
+                answers[number] = await self.call(number, name, timeout=timeout, **args)
+            except LazysnapError as error:
+                _log.debug("shard does not answer", shard=number, call=name, error=error)
                 answers[number] = None
 
         async with trio.open_nursery() as nursery:

@@ -97,7 +97,9 @@ class Learner:
             by_shard.setdefault(record.shard, []).append(record.slot)
         since = time.monotonic()
         for shard, slots in by_shard.items():
-            await self._supervisor.call(shard, "record", slots=slots, since=since)
+            await self._supervisor.call(
+                shard, "record", timeout=_CALL_SECONDS, slots=slots, since=since
+            )
         await trio.sleep(self._seconds)
         layers: dict[str, list[Read]] = {}
         failed: LazysnapError | None = None
