@@ -141,7 +141,7 @@ async def serve(
         handlers: async functions by the name they are called by.
         task_status: told when calls are accepted.
     """
-    listener = _listen(path)
+    listener = listen(path)
 
     async def connection(stream: trio.SocketStream) -> None:
         async with stream:
@@ -170,7 +170,12 @@ async def _answer(handlers: Mapping[str, Handler], request: Mapping[str, Any]) -
         return pack({"error": pack_error(Internal(f"{name}: {type(error).__name__}: {error}"))})
 
 
-def _listen(path: str) -> trio.SocketListener:
+def listen(path: str) -> trio.SocketListener:
+    """A unix socket that only its owner can connect to; a file in the way is replaced.
+
+    Raises:
+        Internal: the socket cannot be made.
+    """
     aside = f"{path}.{os.getpid()}"
     raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

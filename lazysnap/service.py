@@ -29,6 +29,8 @@ from lazysnap.containerd._pb import snapshots_pb2 as pb
 from lazysnap.containerd._pb import snapshots_pb2_grpc as pb_grpc
 from lazysnap.containerd._pb.types.mount_pb2 import Mount as MountMessage
 from lazysnap.errors import ConfigError, Internal, LazysnapError
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
 from lazysnap.snapshotter import Snapshotter
 from lazysnap.store.records import Snapshot
@@ -188,13 +190,19 @@ class _Calls:
         scope = trio.CancelScope()
         if not context.add_callback(lambda: self._cancel(scope)):
             context.abort(grpc.StatusCode.CANCELLED, "the client has gone away")
+        name = function.__name__
         try:
-            return trio.from_thread.run(self._run, scope, function, args, trio_token=self._token)
+            with counts.timing(families.GRPC_SECONDS, name):
+                return trio.from_thread.run(
+                    self._run, scope, function, args, trio_token=self._token
+                )
         except LazysnapError as error:
+            counts.add(families.GRPC_ERRORS, f"{name},{error.grpc_code}")
             self._abort(context, error)
         except (trio.Cancelled, trio.RunFinishedError):
             context.abort(grpc.StatusCode.UNAVAILABLE, "lazysnap is stopping")
         except Exception as error:
+            counts.add(families.GRPC_ERRORS, f"{name},INTERNAL")
             _log.exception("a call failed")
             context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
@@ -293,10 +301,10 @@ class _Servicer(pb_grpc.SnapshotsServicer):
     def List(
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ListSnapshotsResponse]:
-        async def compiled() -> filters.Filter:
+        async def list_filters() -> filters.Filter:
             return filters.compile(request.filters)
 
-        match = self._run(context, compiled)
+        match = self._run(context, list_filters)
         batch: list[pb.Info] = []
         after: str | None = None
         while True:

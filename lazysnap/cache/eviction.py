@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.cache.inventory import Entry, entries, remove
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 
 _log = log.get(__name__)
 _BLOCK = 4096
@@ -280,6 +282,8 @@ class Evictor:
                 break
             shortage = exact
         if count:
+            counts.add(families.EVICTED, amount=count)
+            counts.add(families.EVICTED_BYTES, amount=evicted)
             _log.info("cache evicted", contents=count, bytes=evicted)
         return evicted
 

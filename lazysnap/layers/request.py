@@ -28,6 +28,8 @@ from lazysnap.layers.decode import Decoded, Store, decode_members
 from lazysnap.layers.members import runs
 from lazysnap.layers.schedule import Priority, Scheduler, Ticket
 from lazysnap.layers.seeded import LocalBytes
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 
 _log = log.get(__name__)
 _BATCH = 1 << 20
@@ -74,6 +76,7 @@ class Counters:
     requests: int = 0
     bytes_fetched: int = 0
     bytes_decoded: int = 0
+    bytes_by_class: dict[Priority, int] = field(default_factory=lambda: dict.fromkeys(Priority, 0))
     errors: int = 0
     last_error: str = ""
 
@@ -169,6 +172,7 @@ class Requests:
     async def bring(self, flights: Flights, ticket: Ticket) -> None:
         """Fetch a run of adjacent members; never raises, each flight says how it went."""
         error: LazysnapError = Internal("fetching was stopped")
+        began = time.monotonic()
         try:
             wrong = await self._request(list(flights), flights, ticket)
             if wrong:
@@ -185,6 +189,7 @@ class Requests:
             error = Internal(f"fetching failed: {group.exceptions[0]!r}")
         finally:
             self._fail(flights, error)
+            counts.observe(families.FETCH_SECONDS, ticket.priority.label, time.monotonic() - began)
 
     def _fail(self, flights: Flights, error: LazysnapError) -> None:
         """Those that have not landed never will."""
@@ -228,6 +233,8 @@ class Requests:
                 received.add(data)
                 if not isinstance(data, LocalBytes):
                     self.counters.bytes_fetched += len(data)
+                    self.counters.bytes_by_class[ticket.priority] += len(data)
+                    counts.add(families.FETCH_BYTES, ticket.priority.label, len(data))
                     await ticket.received(len(data))
                 done = bisect_right(ends, received.end, done)
                 if done == first:
@@ -302,6 +309,7 @@ class Requests:
     def _complain(self, error: LazysnapError) -> None:
         self.counters.errors += 1
         self.counters.last_error = str(error)
+        counts.add(families.FETCH_ERRORS)
         now = time.monotonic()
         if now - self._complained > _COMPLAIN_EVERY_SECONDS:
             self._complained = now

@@ -41,6 +41,11 @@ class Priority(enum.IntEnum):
     PREFETCH = 1
     BACKGROUND = 2
 
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.name.lower()
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -22,6 +22,8 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError, Unauthorized
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.registry.credentials import Credential, CredentialSource
 from lazysnap.registry.hosts import Endpoint
 from lazysnap.registry.retry import Backoff, Fault, parse_retry_after
@@ -163,7 +165,9 @@ class Authenticator:
                 entry.header, lifetime = await self._make(entry.challenge, endpoint, scope, backoff)
             except (LazysnapError, Fault) as error:
                 entry.header, entry.failure = None, error
+                counts.add(families.RENEWALS, "failed")
                 raise
+            counts.add(families.RENEWALS, "ok")
             entry.expires = trio.current_time() + lifetime
             return entry.header
 

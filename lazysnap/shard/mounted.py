@@ -31,6 +31,8 @@ class MountedLayer(LayerView):
         super().__init__(record, reader.index)
         self.reader = reader
         self.recorder: Recorder | None = None
+        # by time.monotonic()
+        self.last_read: float | None = None
         self.base = record.slot << 32 | 1
 
 

@@ -15,7 +15,7 @@ import functools
 import os
 import stat
 import time
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,6 +24,8 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError, NotFound
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import BOUNDS, counts
 from lazysnap.shard import contents
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 
@@ -44,15 +46,17 @@ class Activity:
     """What the kernel has asked for lately.
 
     Attributes:
-        counts: requests by kind, since the worker was started.
         last: when the last request came, by time.monotonic().
+        waiting: when each read came that waits for the disk or the network now.
+        read_bytes: how many were read, in a list of one.
     """
 
-    __slots__ = ("counts", "last")
+    __slots__ = ("last", "read_bytes", "waiting")
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
         self.last = float("-inf")
+        self.waiting: dict[object, float] = {}
+        self.read_bytes = counts.counter(families.READ_BYTES)
 
 
 activity = Activity()
@@ -60,22 +64,28 @@ activity = Activity()
 
 
 def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Count requests, and let nothing but FUSEError out of a handler."""
+    """Note how long requests take, and let nothing but FUSEError out of a handler."""
     name = handler.__name__
+    numbers = counts.histogram(families.FUSE_SECONDS, name)
 
     @functools.wraps(handler)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        activity.counts[name] += 1
-        activity.last = time.monotonic()
+        activity.last = began = time.monotonic()
         try:
             return await handler(*args, **kwargs)
         except FUSEError:
             raise
         except LazysnapError as error:
+            counts.add(families.FUSE_ERRORS, name)
             raise FUSEError(error.errno) from error
         except Exception as error:  # an edge: one bad request must not take the mount away
+            counts.add(families.FUSE_ERRORS, name)
             _log.exception("request failed", request=name)
             raise FUSEError(errno.EIO) from error
+        finally:
+            seconds = time.monotonic() - began
+            numbers[bisect_left(BOUNDS, seconds)] += 1
+            numbers[-1] += seconds
 
     return guarded
 
@@ -220,7 +230,14 @@ class Operations:
             layer.recorder.note(node, off, size)
         data = layer.reader.read_nowait(node, off, size)
         if data is None:
-            data = await layer.reader.read(node, off, size)
+            token = object()
+            activity.waiting[token] = activity.last
+            try:
+                data = await layer.reader.read(node, off, size)
+            finally:
+                del activity.waiting[token]
+        layer.last_read = activity.last
+        activity.read_bytes[0] += len(data)
         return data
 
     @_guarded

@@ -10,6 +10,7 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `detach(slots)` let go of slots whose records are gone
 - `health(slots)` whether each can be used, and why not
 - `status(slots)` numbers for people
+- `metrics()` numbers for the daemon, see `reporting`
 - `record(slots, since)` begin to note what is read
 - `recorded(slots, since)` end it, and tell what was read
 - `restart()` end, so that the keeper starts a worker of the release that is on disk now
@@ -40,7 +41,6 @@ from lazysnap.layers.ahead import Ahead
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher, Plan
 from lazysnap.layers.guess import Guesser
-from lazysnap.layers.local import local_share
 from lazysnap.layers.profile import Read, landmark_plan
 from lazysnap.layers.profile import plan as make_plan
 from lazysnap.layers.reader import LayerReader
@@ -53,7 +53,7 @@ from lazysnap.layers.upkeep import keep_within_limits
 from lazysnap.reference import Reference
 from lazysnap.registry.blob import RemoteBlob
 from lazysnap.registry.client import Registry
-from lazysnap.shard import memory
+from lazysnap.shard import memory, reporting
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations, activity
@@ -128,7 +128,10 @@ class Worker:
 
     def handlers(self) -> dict[str, channel.Handler]:
         """The calls of the control socket."""
-        names = ("ping", "attach", "detach", "health", "status", "record", "recorded", "restart")
+        names = (
+            *("ping", "attach", "detach", "health", "status", "metrics"),
+            *("record", "recorded", "restart"),
+        )
         return {name: getattr(self, name) for name in names}
 
     async def ping(self) -> dict[str, Any]:
@@ -139,7 +142,7 @@ class Worker:
             "version": lazysnap.__version__,
             "shard": self.number,
             "uptime_seconds": time.monotonic() - self._started,
-            "requests": dict(activity.counts),
+            "requests": reporting.requests(),
         }
 
     async def attach(
@@ -243,26 +246,11 @@ class Worker:
         """Numbers of slots, or of all that are loaded."""
         chosen = self.layers.slots_loaded() if slots is None else slots
         layers = [await self.layers.load(slot) for slot in chosen]
-        return [await self._status(layer) for layer in layers]
+        return [await reporting.layer_status(each, self.cache, self.number) for each in layers]
 
-    async def _status(self, layer: MountedLayer) -> dict[str, Any]:
-        share = await trio.to_thread.run_sync(local_share, layer.index, self.cache)
-        counters = layer.reader.fetcher.counters
-        return {
-            "slot": layer.record.slot,
-            "shard": self.number,
-            "layer": layer.record.layer_digest,
-            "reference": layer.record.reference,
-            "blob_bytes": layer.record.blob_size,
-            "files": share.all_files,
-            "local_files": share.files,
-            "bytes": layer.index.total_size,
-            "local_bytes": share.bytes,
-            "requests": counters.requests,
-            "fetched_bytes": counters.bytes_fetched,
-            "errors": counters.errors,
-            "last_error": counters.last_error,
-        }
+    async def metrics(self) -> dict[str, Any]:
+        """What this process has counted; see `reporting`."""
+        return reporting.metrics(self._registry, self._started)
 
     async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
         """Begin to note what is read.

@@ -15,6 +15,8 @@ import trio
 from lazysnap import log
 from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, Unavailable
 from lazysnap.labels import REMOTE, SNAPSHOT_REF
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Composition, Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
@@ -129,7 +131,9 @@ class LazySnapshots:
 
             mountpoint = await trio.to_thread.run_sync(build)
             try:
+                began = trio.current_time()
                 attachment = await self._remote.prepare(slot, labels, mountpoint, lowers)
+                counts.observe(families.MOUNT_SECONDS, "", trio.current_time() - began)
             except LazysnapError as error:
                 self._house.expect_garbage()
                 _log.info("a layer cannot be mounted lazily", name=name, error=error)

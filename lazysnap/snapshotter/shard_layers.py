@@ -31,6 +31,8 @@ from lazysnap.layers.slots import (
     write_slot,
 )
 from lazysnap.layers.view import LayerView, open_index
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Composition
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.finder import ProfileFinder
@@ -294,8 +296,17 @@ class ShardLayers:
         for shard in shards:
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(shard, "detach", slots=stale)
+        points = {point.path for point in await trio.to_thread.run_sync(mounts.mount_points)}
+        failed = sum(each.mountpoint not in points for each in attached)
+        counts.add(families.RESTORED, "failed", failed)
+        counts.add(families.RESTORED, "ok", len(attached) - failed)
         if attached:
-            _log.info("lazy snapshots are restored", snapshots=len(attached), shards=len(shards))
+            _log.info(
+                "lazy snapshots are restored",
+                snapshots=len(attached) - failed,
+                failed=failed,
+                shards=len(shards),
+            )
 
     def _restore_records(self, attached: Sequence[Attached]) -> None:
         for each in attached:

@@ -19,6 +19,8 @@ import trio
 from lazysnap import filters, log, mounts, overlay
 from lazysnap.errors import FailedPrecondition, Internal
 from lazysnap.labels import REASON, REMOTE, SNAPSHOT_REF
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
 from lazysnap.snapshotter import trees
 from lazysnap.snapshotter.directories import Directories
@@ -135,6 +137,7 @@ class Snapshotter:
                     parent=parent,
                 )
                 labels[REASON] = reason
+                counts.add(families.FALLBACKS, reason)
             return await self._create(Kind.ACTIVE, key, parent, labels)
 
     async def view(

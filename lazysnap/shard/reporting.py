@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker tells of itself: counts for the daemon's metrics, and the state of its layers for people.
+
+Only looks; changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import trio
+
+from lazysnap.cache import Cache
+from lazysnap.layers.local import local_share
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import Sample, counts
+from lazysnap.registry.client import Registry
+from lazysnap.shard.mounted import MountedLayer
+from lazysnap.shard.operations import activity
+
+HUNG_SECONDS = 30.0
+"""A read that waits for longer counts as hung."""
+
+
+def registry_sample(registry: Registry) -> Sample:
+    """What a registry client has counted."""
+    statistics = registry.statistics()
+    return {
+        families.REGISTRY_REQUESTS: {"": [statistics.requests]},
+        families.REGISTRY_BYTES: {"": [statistics.bytes_received]},
+        families.REGISTRY_RETRIES: {"": [statistics.retries]},
+    }
+
+
+def metrics(registry: Registry, started: float) -> dict[str, Any]:
+    """Everything that was counted since this process was started.
+
+    Args:
+        registry: the process's client.
+        started: when it was started, by time.monotonic().
+
+    Returns:
+        `process` names it, `sample` is what only grows, `gauges` what does not.
+    """
+    now = time.monotonic()
+    waited = [now - since for since in activity.waiting.values()]
+    return {
+        "process": f"{os.getpid()}@{started}",
+        "started": started,
+        "sample": counts.sample() | registry_sample(registry),
+        "gauges": {
+            families.READS_IN_FLIGHT: len(waited),
+            families.READS_HUNG: sum(seconds > HUNG_SECONDS for seconds in waited),
+            families.WORKER_MEMORY: _resident_bytes(),
+        },
+    }
+
+
+def requests() -> dict[str, int]:
+    """How many requests of each kind the kernel has made."""
+    found = counts.sample().get(families.FUSE_SECONDS, {})
+    return {name: int(sum(numbers[:-1])) for name, numbers in found.items() if any(numbers)}
+
+
+async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> dict[str, Any]:
+    """How much of a layer is local, what was fetched for it, and how that went.
+
+    Args:
+        layer: loaded.
+        cache: of the process.
+        shard: number of this one.
+    """
+    share = await trio.to_thread.run_sync(local_share, layer.index, cache)
+    counters = layer.reader.fetcher.counters
+    ago = None if layer.last_read is None else time.monotonic() - layer.last_read
+    return {
+        "slot": layer.record.slot,
+        "shard": shard,
+        "layer": layer.record.layer_digest,
+        "reference": layer.record.reference,
+        "blob_bytes": layer.record.blob_size,
+        "files": share.all_files,
+        "local_files": share.files,
+        "bytes": layer.index.total_size,
+        "local_bytes": share.bytes,
+        "requests": counters.requests,
+        "fetched_bytes": counters.bytes_fetched,
+        "fetched_by_class": {p.label: size for p, size in counters.bytes_by_class.items()},
+        "errors": counters.errors,
+        "last_error": counters.last_error,
+        "last_read_seconds_ago": ago,
+    }
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
