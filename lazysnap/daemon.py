@@ -8,12 +8,15 @@ import json
 import os
 import signal
 import socket
+import time
+from collections.abc import Callable
 
 import sdnotify
 import trio
 
 import lazysnap
-from lazysnap import log, mounts, service
+from lazysnap import config as configuration
+from lazysnap import log, monitor, mounts, service
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.config import Config
@@ -35,11 +38,11 @@ from lazysnap.supervisor import Supervisor
 _log = log.get(__name__)
 
 
-async def run(config: Config, *, unmount_on_exit: bool) -> None:
+async def run(load: Callable[[], Config], *, unmount_on_exit: bool) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        config: the configuration.
+        load: reads the configuration; called again at SIGHUP.
         unmount_on_exit: take down mounts and shards when stopping. Otherwise containers go on
             reading, and the next daemon finds everything as it is.
 
@@ -47,6 +50,7 @@ async def run(config: Config, *, unmount_on_exit: bool) -> None:
         ConfigError: another daemon uses the root or the socket, or they cannot be used.
         LazysnapError: something that is needed does not work.
     """
+    config = load()
     # What the kernel says of mounts is compared with paths, so there must be no links in them.
     root = os.path.realpath(config.root)
     os.umask(0o022)  # directories of snapshots become "/" of containers
@@ -54,7 +58,10 @@ async def run(config: Config, *, unmount_on_exit: bool) -> None:
     try:
         _check_address(config.address)
         _introduce(root, config.address)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with (
+            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+            trio.open_signal_receiver(signal.SIGHUP) as hangups,
+        ):
             async with trio.open_nursery() as nursery:
 
                 async def stop() -> None:
@@ -65,8 +72,10 @@ async def run(config: Config, *, unmount_on_exit: bool) -> None:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(stop)  # also while starting, which can take long
-                await nursery.start(_serve, config, root, unmount_on_exit)
+                reload = await nursery.start(_serve, config, root, unmount_on_exit)
                 sdnotify.SystemdNotifier().notify("READY=1")
+                async for _ in hangups:
+                    await _reload(load, reload)
     except ExceptionGroup as group:
         error: Exception = group
         while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
@@ -83,31 +92,9 @@ async def _serve(
     root: str,
     unmount_on_exit: bool,
     *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    registry_settings = RegistrySettings(
-        plain_http_hosts=frozenset(config.registry.plain_http_hosts),
-        retry_seconds=config.registry.retry_seconds,
-        stall_seconds=config.registry.stall_seconds,
-    )
-    write_settings(
-        root,
-        ShardSettings(
-            registry=registry_settings,
-            cache=CacheLimits(
-                size_limit_bytes=config.cache.size_limit_bytes,
-                reserve_bytes=config.cache.reserve_bytes,
-                reserve_percent=config.cache.reserve_percent,
-            ),
-            log_level=config.log_level,
-            log_format=config.log_format,
-            decode_threads=config.shards.decode_threads,
-            limits=_limits(config),
-            background=config.fetch.background,
-            background_delay_seconds=config.fetch.background_delay_seconds,
-            probe_valid_seconds=config.registry.probe_valid_seconds,
-        ),
-    )
+    write_settings(root, _shard_settings(config))
     cache = Cache(os.path.join(root, "cache"))
     supervisor = Supervisor(
         root,
@@ -118,7 +105,7 @@ async def _serve(
     store = SnapshotStore(os.path.join(root, "metadata.db"))
     builders = Builders(os.cpu_count() or 1)
     try:
-        async with Registry(registry_settings) as registry, trio.open_nursery() as nursery:
+        async with Registry(_registry_settings(config)) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)
             showing = Showing(cache, supervisor, kernel_trees=config.lazy.kernel_trees)
             opener = Opener(
@@ -152,9 +139,13 @@ async def _serve(
             )
             await snapshotter.start(nursery)
             nursery.start_soon(supervisor.watch)
+            watcher = monitor.Monitor(supervisor, registry, supervisor.layers)
+            await watcher.begin()
+            if config.metrics_address:
+                await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             await nursery.start(service.serve, snapshotter, config.address)
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
-            task_status.started()
+            task_status.started(Reload(config, root, registry, supervisor))
             try:
                 await trio.sleep_forever()
             finally:
@@ -165,6 +156,86 @@ async def _serve(
             if unmount_on_exit:
                 await _unmount(root, supervisor)
         store.close()
+
+
+class Reload:
+    """Takes up a changed configuration, as far as that is possible without a restart.
+
+    Args:
+        config: in force.
+        root: where workers find their settings.
+        registry: the daemon's client.
+        supervisor: of the shards.
+    """
+
+    def __init__(
+        self, config: Config, root: str, registry: Registry, supervisor: Supervisor
+    ) -> None:
+        self._config = config
+        self._root = root
+        self._registry = registry
+        self._supervisor = supervisor
+
+    async def take_up(self, new: Config) -> None:
+        """Put a configuration in force.
+
+        Raises:
+            Internal: the settings of the workers cannot be written.
+        """
+        changed = configuration.changed(self._config, new)
+        for key in changed:
+            values = {"was": key.value(self._config), "now": key.value(new)}
+            if key.reloads:
+                _log.info("configuration changed", key=key.path, **values)
+            else:
+                _log.warning("this change takes a restart", key=key.path, **values)
+        self._config = config = configuration.reloaded(self._config, new)
+        log.setup(config.log_level, config.log_format)
+        write_settings(self._root, _shard_settings(config))
+        self._registry.apply(_registry_settings(config))
+        answers = await self._supervisor.call_all("reload")
+        for shard in (number for number, answer in answers.items() if answer is None):
+            # The next worker reads them anyway.
+            _log.warning("shard goes on with the settings it has", shard=shard)
+        _log.info("configuration reloaded", changes=len(changed))
+
+
+async def _reload(load: Callable[[], Config], reload: Reload) -> None:
+    """At SIGHUP: a file that is wrong changes nothing (protocol: sd_notify(3), RELOADING)."""
+    systemd = sdnotify.SystemdNotifier()
+    systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        await reload.take_up(load())
+    except LazysnapError as error:
+        _log.error("configuration not reloaded", error=error, hint=error.hint or "")
+    finally:
+        systemd.notify("READY=1")
+
+
+def _registry_settings(config: Config) -> RegistrySettings:
+    return RegistrySettings(
+        plain_http_hosts=frozenset(config.registry.plain_http_hosts),
+        retry_seconds=config.registry.retry_seconds,
+        stall_seconds=config.registry.stall_seconds,
+    )
+
+
+def _shard_settings(config: Config) -> ShardSettings:
+    return ShardSettings(
+        registry=_registry_settings(config),
+        cache=CacheLimits(
+            size_limit_bytes=config.cache.size_limit_bytes,
+            reserve_bytes=config.cache.reserve_bytes,
+            reserve_percent=config.cache.reserve_percent,
+        ),
+        log_level=config.log_level,
+        log_format=config.log_format,
+        decode_threads=config.shards.decode_threads,
+        limits=_limits(config),
+        background=config.fetch.background,
+        background_delay_seconds=config.fetch.background_delay_seconds,
+        probe_valid_seconds=config.registry.probe_valid_seconds,
+    )
 
 
 def _limits(config: Config) -> Limits:
@@ -191,7 +262,8 @@ def _introduce(root: str, address: str) -> None:
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:
     try:
-        await trio.to_thread.run_sync(mounts.unmount_below, os.path.join(root, "snapshots"))
+        for directory in ("merged", "snapshots"):
+            await trio.to_thread.run_sync(mounts.unmount_below, os.path.join(root, directory))
     except LazysnapError as error:
         _log.error("a snapshot stays mounted", error=error)
     await supervisor.stop()

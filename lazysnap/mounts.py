@@ -79,13 +79,11 @@ class OverlayFacts:
         supported: the kernel knows the file system, or can load it.
         index: it has the `index` feature.
         user_namespace: this process runs in a user namespace of its own.
-        metacopy: it has the `metacopy` feature, and may use it here.
     """
 
     supported: bool
     index: bool
     user_namespace: bool
-    metacopy: bool
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
@@ -267,7 +265,6 @@ def overlay_facts() -> OverlayFacts:
         supported=known or loadable,
         index=os.path.exists("/sys/module/overlay/parameters/index"),
         user_namespace=user_namespace,
-        metacopy=os.path.exists("/sys/module/overlay/parameters/metacopy") and not user_namespace,
     )
 
 

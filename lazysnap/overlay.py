@@ -9,7 +9,7 @@ that clients which look into the options (upperdir=, lowerdir=) find what they e
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -56,33 +56,6 @@ class Options:
         return ("index=off",) * self.index_off + ("userxattr",) * self.userxattr
 
 
-@dataclass(frozen=True, slots=True)
-class Composition:
-    """What lazy layers need, and where the bytes of files are if a layer's directory shows no more
-    than its tree.
-
-    Such a tree's files are what overlay calls metacopy, and only its option `metacopy` lets it look for
-    the bytes of other layers' files than the lowest one's. It also means that changing the owner or mode
-    of a file copies none of its bytes. What was written with the option is not readable without it, so
-    it is used for all lazy layers, whether the kernel serves their trees at the moment or not.
-
-    Args:
-        data: data-only lower directories, in the order in which overlay asks them.
-        whole: for each such snapshot a directory that shows the bytes as well, by its number. Used
-            where there is nothing to overlay, and where `data` would make the options too long.
-        metacopy: the kernel has the option.
-    """
-
-    data: tuple[str, ...]
-    whole: Mapping[int, str]
-    metacopy: bool = True
-
-
-# mount(2) takes one page of options. containerd leaves 512 bytes of it unused, and beyond that it
-# shortens the paths, in a way that does not understand data-only directories.
-_OPTIONS_MOST = 4096 - 512
-
-
 def fs_path(snapshots: str, snapshot_id: int) -> str:
     """The directory with a snapshot's own files, or its mount point if it is lazy.
 
@@ -99,12 +72,7 @@ def work_path(snapshots: str, snapshot_id: int) -> str:
 
 
 def mounts(
-    snapshots: str,
-    kind: Kind,
-    snapshot_id: int,
-    parents: Sequence[int],
-    options: Options,
-    composition: Composition | None = None,
+    snapshots: str, kind: Kind, snapshot_id: int, lower: Sequence[str], options: Options
 ) -> tuple[Mount, ...]:
     """The mounts of a view or an active snapshot.
 
@@ -112,30 +80,20 @@ def mounts(
         snapshots: the directory of all snapshots.
         kind: `VIEW` or `ACTIVE`.
         snapshot_id: the snapshot's number.
-        parents: the numbers of its ancestors, nearest first, which is overlay's order of lowerdir.
+        lower: the directories that show its ancestors, uppermost first.
         options: what the kernel wants.
-        composition: of the ancestors, if some are lazy.
 
     Returns:
         One mount; a bind where overlay would refuse (one directory) or be waste.
     """
     fs = fs_path(snapshots, snapshot_id)
-    if not parents:
+    if not lower:
         access = "rw" if kind is Kind.ACTIVE else "ro"
         return (Mount("bind", fs, (access, "rbind")),)
-    whole = {} if composition is None else composition.whole
-    directories = [whole.get(parent, fs_path(snapshots, parent)) for parent in parents]
-    if kind is not Kind.ACTIVE and len(directories) == 1:
-        return (Mount("bind", directories[0], ("ro", "rbind")),)
+    if kind is not Kind.ACTIVE and len(lower) == 1:
+        return (Mount("bind", lower[0], ("ro", "rbind")),)
     upper: tuple[str, ...] = ()
     if kind is Kind.ACTIVE:
         upper = (f"workdir={work_path(snapshots, snapshot_id)}", f"upperdir={fs}")
-    begin = (*options.as_mount_options(), *upper)
-    if composition is not None:
-        begin = ("metacopy=on",) * composition.metacopy + begin
-        lower = ":".join(fs_path(snapshots, parent) for parent in parents)
-        lower = "::".join((lower, *composition.data))
-        composed = (*begin, f"lowerdir={lower}")
-        if len(",".join(composed).encode()) < _OPTIONS_MOST:
-            return (Mount("overlay", "overlay", composed),)
-    return (Mount("overlay", "overlay", (*begin, f"lowerdir={':'.join(directories)}")),)
+    below = f"lowerdir={':'.join(lower)}"
+    return (Mount("overlay", "overlay", (*options.as_mount_options(), *upper, below)),)

@@ -43,7 +43,8 @@ INDEX_OFF = Options(index_off=True)
 def test_the_mounts_are_those_of_containerds_overlay_snapshotter(
     kind: Kind, parents: tuple[int, ...], expected: Mount
 ) -> None:
-    assert overlay_mounts(S, kind, 9, parents, INDEX_OFF) == (expected,)
+    lower = [fs_path(S, parent) for parent in parents]
+    assert overlay_mounts(S, kind, 9, lower, INDEX_OFF) == (expected,)
 
 
 def test_options_of_the_kernel() -> None:
@@ -60,7 +61,9 @@ def test_the_nearest_parent_is_on_top(tmp_path: Path) -> None:
     Path(fs_path(snapshots, 1), "file").write_text("bottom")
     Path(fs_path(snapshots, 2), "file").write_text("top")
     facts = mounts.overlay_facts()
-    [mount] = overlay_mounts(snapshots, Kind.ACTIVE, 3, (2, 1), Options(facts.index))
+    [mount] = overlay_mounts(
+        snapshots, Kind.ACTIVE, 3, [fs_path(snapshots, n) for n in (2, 1)], Options(facts.index)
+    )
     target = tmp_path / "merged"
     target.mkdir()
     mounts.mount(mount.source, str(target), mount.type, data=",".join(mount.options))

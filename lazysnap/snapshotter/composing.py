@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether this node's kernel can serve the trees of layers by itself, found by doing it.
 
-That takes an EROFS image in a file (Linux 6.12) and overlay with data-only lower directories (6.5).
-Blocks. Leaves nothing behind.
+That takes EROFS images in files (Linux 6.12), an overlay of them with data-only lower directories (6.8
+for its mount interface), and a writable overlay on top of that: some kernels count that as one file
+system too many on top of each other. Blocks. Leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Sequence
 
 from lazysnap import mounts
 from lazysnap.erofs.image import build as build_image
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.formats.location import TocLocation
 from lazysnap.formats.verify import trust_unverified_toc
+from lazysnap.fsconfig import mount_read_only_overlay
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
@@ -41,6 +44,27 @@ def mount_tree(image: str, mountpoint: str) -> None:
     mounts.mount(image, mountpoint, "erofs", mounts.MS_RDONLY)
 
 
+def merge_trees(lower: Sequence[str], data: Sequence[str], source: str, target: str) -> None:
+    """Show the layers of an image as one, read-only, with the bytes of their files.
+
+    The files of a tree are what overlay calls metacopy, and only its option `metacopy` lets it look for
+    the bytes of files of other layers than the lowest one. On what is writable the option would change
+    what an upper directory holds, which is why this is a mount of its own. `xino` gives the files of
+    different layers different inode numbers, as the overlay above cannot tell their devices apart.
+
+    Args:
+        lower: trees and directories of layers, uppermost first.
+        data: where the bytes are, in the order in which they are looked for.
+        source: what the list of mounts says.
+        target: an existing directory.
+
+    Raises:
+        Internal: the kernel refused.
+    """
+    options = (("metacopy", "on"), ("xino", "on"), ("source", source))
+    mount_read_only_overlay(lower, data, options, target)
+
+
 def why_not(directory: str) -> str:
     """Why trees cannot be served by the kernel; empty if they can.
 
@@ -55,26 +79,29 @@ def why_not(directory: str) -> str:
 
 
 def _try(probe: str) -> str:
-    places = [os.path.join(probe, name) for name in ("tree", "lower", "merged", "objects")]
-    tree, lower, merged, objects = places
+    names = ("tree", "lower", "merged", "objects", "upper", "work", "top")
+    places = {name: os.path.join(probe, name) for name in names}
     digest = hashlib.sha256(_DATA).hexdigest()
-    for place in (*places, os.path.join(objects, digest[:2])):
+    for place in (*places.values(), os.path.join(places["objects"], digest[:2])):
         os.mkdir(place)
-    with open(os.path.join(objects, digest[:2], digest), "wb") as file:
+    with open(os.path.join(places["objects"], digest[:2], digest), "wb") as file:
         file.write(_DATA)
     image = os.path.join(probe, "image")
     with open(image, "wb") as file:
         file.write(build_image(_index(digest)))
+    top = places["top"]
     try:
-        mount_tree(image, tree)
-        options = f"metacopy=on,lowerdir={tree}:{lower}::{objects}"
-        mounts.mount("overlay", merged, "overlay", mounts.MS_RDONLY, options)
-        with open(os.path.join(merged, "file"), "rb") as file:
+        mount_tree(image, places["tree"])
+        lower = (places["tree"], places["lower"])
+        merge_trees(lower, (places["objects"],), "lazysnap", places["merged"])
+        options = "lowerdir={merged},upperdir={upper},workdir={work}".format_map(places)
+        mounts.mount("overlay", top, "overlay", data=options)
+        with open(os.path.join(top, "file"), "rb") as file:
             return "" if file.read() == _DATA else "overlay does not show the data"
     finally:
-        for place in (merged, tree):
+        for name in ("top", "merged", "tree"):
             with contextlib.suppress(Internal):
-                mounts.unmount(place)
+                mounts.unmount(places[name])
 
 
 def _index(digest: str) -> LayerIndex:

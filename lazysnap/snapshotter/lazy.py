@@ -17,7 +17,7 @@ from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, Unavailable
 from lazysnap.labels import REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
-from lazysnap.overlay import Composition, Kind
+from lazysnap.overlay import Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.locks import KeyLocks, Turn
@@ -111,8 +111,12 @@ class LazySnapshots:
     def _lowers(self, below: Lineage | None) -> Sequence[Lower]:
         if below is None:
             return ()
-        numbers = (below.snapshot.id, *below.ancestors)
-        return [Lower(self._dirs.fs(n), below.attachments.get(n)) for n in numbers]
+        return self._layers((below.snapshot.id, *below.ancestors), below.attachments)
+
+    def _layers(
+        self, numbers: Sequence[int], attachments: Mapping[int, Attachment]
+    ) -> Sequence[Lower]:
+        return [Lower(self._dirs.fs(n), attachments.get(n)) for n in numbers]
 
     async def _make(
         self,
@@ -177,11 +181,22 @@ class LazySnapshots:
         if self._remote is not None and lineage.attachments:
             self._remote.starting(self._attached(lineage.attachments))
 
-    def composition(self, lineage: Lineage | None) -> Composition | None:
-        """How overlay finds the bytes of a snapshot's lazy ancestors; see `RemoteLayers`."""
-        if self._remote is None or lineage is None or not lineage.attachments:
-            return None
-        return self._remote.composition(self._attached(lineage.attachments))
+    async def lower(
+        self, ancestors: Sequence[int], attachments: Mapping[int, Attachment]
+    ) -> Sequence[str]:
+        """The directories that overlay is to have for ancestors of a snapshot, uppermost first.
+
+        Args:
+            ancestors: their numbers, nearest first.
+            attachments: of the lazy ones among them, which were checked.
+
+        Raises:
+            Internal: they cannot be made visible.
+        """
+        layers = self._layers(ancestors, attachments)
+        if self._remote is None or not any(layer.attachment for layer in layers):
+            return [layer.directory for layer in layers]
+        return await self._remote.lower(layers)
 
     async def _check(self, chain: Sequence[Attached]) -> None:
         if self._remote is None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lazysnap.overlay import Composition
 from lazysnap.store.records import Attachment
 
 
@@ -87,14 +86,17 @@ class RemoteLayers(Protocol):
             Unavailable: one cannot serve.
         """
 
-    def composition(self, chain: Sequence[Attached]) -> Composition | None:
-        """How overlay finds the bytes of layers whose trees alone are visible at their mount points.
+    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+        """The directories that overlay is to have for layers.
 
         Args:
-            chain: as for `check`.
+            layers: nearest first; those that are lazy have passed `check`.
 
         Returns:
-            None if each mount point shows the bytes too.
+            Uppermost first. One directory may show several layers.
+
+        Raises:
+            Internal: they cannot be made visible.
         """
 
     def starting(self, chain: Sequence[Attached]) -> None:

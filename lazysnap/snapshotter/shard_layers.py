@@ -33,7 +33,6 @@ from lazysnap.layers.slots import (
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
-from lazysnap.overlay import Composition
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
@@ -267,9 +266,9 @@ class ShardLayers:
                 self._warned[slot] = now
                 _log.warning("what is not local of a layer cannot be read", layer=layer, why=detail)
 
-    def composition(self, chain: Sequence[Attached]) -> Composition | None:
-        """How overlay finds the bytes of files; see `RemoteLayers`."""
-        return self._showing.composition(chain)
+    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+        """The directories that overlay is to have; see `RemoteLayers`."""
+        return await trio.to_thread.run_sync(self._showing.lower, layers)
 
     def starting(self, chain: Sequence[Attached]) -> None:
         """A container is about to start; see `RemoteLayers`."""
@@ -289,6 +288,7 @@ class ShardLayers:
         for slot in stale:
             with contextlib.suppress(LazysnapError):
                 remove_slot(self._root, slot)
+        await trio.to_thread.run_sync(self._showing.clean, known)
         await trio.to_thread.run_sync(self._restore_records, attached)
         shards = {each.attachment.shard for each in attached}
         await self._supervisor.start(shards)
@@ -345,7 +345,7 @@ class ShardLayers:
         self._warned.pop(slot, None)
         self._supervisor.note_gone(attached.attachment.shard, attached.attachment.layer_digest)
         try:
-            await trio.to_thread.run_sync(mounts.unmount, attached.mountpoint)
+            await trio.to_thread.run_sync(self._showing.hide, slot, attached.mountpoint)
         finally:
             remove_slot(self._root, slot)
             with contextlib.suppress(LazysnapError):

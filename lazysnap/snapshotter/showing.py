@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes lazy layers visible at the mount points of their snapshots.
 
-Where the kernel can (see `composing`), a mount point shows the layer's tree from an EROFS image, and
-overlay finds the bytes of its files by their digests: first among the cached objects, without asking
-anybody, then in the second view of the layer's shard. Otherwise the shard's own directory of the layer
-is bound there, which shows everything. Both kinds can be mixed in one image, and a layer can change from
-one to the other at a restart. All functions block.
+Where the kernel can (see `composing`), a mount point shows the layer's tree from an EROFS image. What
+containers get is a read-only overlay of an image's layers, `merged/<slot>` of the uppermost lazy one, in
+which overlay finds the bytes of files by their digests: first among the cached objects, without asking
+anybody, then in the second view of the shards. All containers of an image share it.
+
+Otherwise the shard's own directory of a layer is bound at its mount point, which shows everything. Both
+kinds can be mixed in one image, and a layer can change from one to the other at a restart. All functions
+block.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Container, Sequence
 
 import msgspec
 
@@ -21,9 +26,8 @@ from lazysnap.errors import Internal, LazysnapError
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
 from lazysnap.mounts import MountPoint
-from lazysnap.overlay import Composition
-from lazysnap.snapshotter.composing import mount_tree, why_not
-from lazysnap.snapshotter.remote import Attached
+from lazysnap.snapshotter.composing import merge_trees, mount_tree, why_not
+from lazysnap.snapshotter.remote import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
 
@@ -44,7 +48,8 @@ class Showing:
         self._supervisor = supervisor
         problem = why_not(cache.root) if kernel_trees else "it is switched off"
         self.composing = not problem
-        self._metacopy = mounts.overlay_facts().metacopy
+        self._merged_root = os.path.join(supervisor.root, "merged")
+        self._lock = threading.Lock()
         if kernel_trees and problem:
             _log.info("the kernel cannot serve trees, shards do", why=problem)
 
@@ -92,22 +97,84 @@ class Showing:
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
         return shard is not None and shard.device == there.device
 
-    def composition(self, chain: Sequence[Attached]) -> Composition | None:
-        """How overlay finds the bytes; see `RemoteLayers`."""
-        if not chain:
-            return None
+    def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+        """The directories that overlay is to have; see `RemoteLayers`."""
+        directories = [layer.directory for layer in layers]
         if not self.composing:
-            return Composition((), {}, self._metacopy)
-        top = chain[0].attachment.slot
-        shards = dict.fromkeys(each.attachment.shard for each in chain)
-        views = [os.path.join(self._supervisor.mountpoint(n), "contents", str(top)) for n in shards]
-        whole = {
-            each.snapshot_id: self._supervisor.directory(
-                each.attachment.shard, each.attachment.slot
-            )
-            for each in chain
-        }
-        return Composition((self._cache.objects.root, *views), whole, self._metacopy)
+            return directories
+        first = next(i for i, layer in enumerate(layers) if layer.attachment is not None)
+        try:
+            with self._lock:
+                return [*directories[:first], self._merged(layers[first:])]
+        except LazysnapError as error:
+            _log.warning("shards serve the trees of an image", why=error)
+            return [self._whole(layer) for layer in layers]
+
+    def _merged(self, layers: Sequence[Lower]) -> str:
+        """A directory that shows the uppermost layer, which is lazy, on all below it."""
+        lazy = [layer.attachment for layer in layers if layer.attachment is not None]
+        top = lazy[0].slot
+        points = mounts.mount_points()
+        devices = {point.path: point.device for point in points}
+        shards = [self._supervisor.mountpoint(n) for n in dict.fromkeys(a.shard for a in lazy)]
+        # A shard that was mounted anew is another file system.
+        source = "+".join(["lazysnap", *(devices.get(shard, "none") for shard in shards)])
+        target = os.path.join(self._merged_root, str(top))
+        there = mounts.mounted_at(target, points)
+        if there is not None:
+            if there.source == source:
+                return target
+            mounts.unmount(target)
+        try:
+            os.makedirs(target, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Internal(f"cannot make {target}: {error.strerror}") from error
+        merge_trees(
+            [layer.directory for layer in layers],
+            [self._cache.objects.root, *(f"{shard}/contents/{top}" for shard in shards)],
+            source,
+            target,
+        )
+        return target
+
+    def _whole(self, layer: Lower) -> str:
+        """Where a layer is visible with the bytes of its files, whatever the kernel can do."""
+        lazy = layer.attachment
+        return (
+            layer.directory if lazy is None else self._supervisor.directory(lazy.shard, lazy.slot)
+        )
+
+    def hide(self, slot: int, mountpoint: str) -> None:
+        """Undo `show`, and what `lower` made with this layer on top.
+
+        Raises:
+            Internal: the kernel refused.
+        """
+        self._discard(slot)
+        mounts.unmount(mountpoint)
+
+    def clean(self, slots: Container[int]) -> None:
+        """Remove what `lower` made for slots that are no more.
+
+        Args:
+            slots: those that are.
+        """
+        try:
+            found = [int(name) for name in os.listdir(self._merged_root) if name.isdigit()]
+        except FileNotFoundError:
+            return
+        for slot in found:
+            if slot not in slots:
+                try:
+                    self._discard(slot)
+                except LazysnapError as error:
+                    _log.warning("a mount is left", slot=slot, error=error)
+
+    def _discard(self, slot: int) -> None:
+        target = os.path.join(self._merged_root, str(slot))
+        mounts.unmount(target)
+        with contextlib.suppress(OSError):
+            os.rmdir(target)
 
 
 def record_of(attachment: Attachment) -> SlotRecord:

@@ -160,7 +160,8 @@ class Snapshotter:
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts")
         await self._lazy.check(lineage)
         found = lineage.snapshot
-        return self._mounts(found.kind, found.id, lineage.ancestors, lineage)
+        lower = await self._lazy.lower(lineage.ancestors, lineage.attachments)
+        return self._mounts(found.kind, found.id, lower)
 
     async def commit(
         self, name: str, key: str, labels: Mapping[str, str] = NO_LABELS, parent: str = ""
@@ -274,14 +275,14 @@ class Snapshotter:
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]
     ) -> tuple[Mount, ...]:
         below = await self._below_new(key, parent)
-        ancestors: tuple[int, ...] = ()
+        lower: Sequence[str] = ()
         parent_id = None
         if below is not None:
             await self._lazy.check(below)
             if kind is Kind.ACTIVE and SNAPSHOT_REF not in labels:
                 self._lazy.starting(below)
             parent_id = below.snapshot.id
-            ancestors = (parent_id, *below.ancestors)
+            lower = await self._lazy.lower((parent_id, *below.ancestors), below.attachments)
 
         with self._house.building() as directory:
 
@@ -295,7 +296,7 @@ class Snapshotter:
 
             await trio.to_thread.run_sync(build)
             number = await self._in_turn(place)
-        return self._mounts(kind, number, ancestors, below)
+        return self._mounts(kind, number, lower)
 
     async def _below_new(self, key: str, parent: str) -> Lineage | None:
         """The parent of a snapshot to be made; raises what making it would raise."""
@@ -306,10 +307,5 @@ class Snapshotter:
 
         return await self._in_turn(look)
 
-    def _mounts(
-        self, kind: Kind, number: int, ancestors: Sequence[int], below: Lineage | None
-    ) -> tuple[Mount, ...]:
-        composition = self._lazy.composition(below)
-        return overlay.mounts(
-            self._dirs.snapshots, kind, number, ancestors, self._options, composition
-        )
+    def _mounts(self, kind: Kind, number: int, lower: Sequence[str]) -> tuple[Mount, ...]:
+        return overlay.mounts(self._dirs.snapshots, kind, number, lower, self._options)

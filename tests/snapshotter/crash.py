@@ -26,7 +26,7 @@ import trio
 from lazysnap import mounts
 from lazysnap.errors import AlreadyExists
 from lazysnap.snapshotter import Snapshotter
-from lazysnap.snapshotter.remote import Attached
+from lazysnap.snapshotter.remote import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -57,6 +57,9 @@ class Bound:
     ) -> Attachment:
         mounts.bind(self.source, mountpoint)
         return Attachment(slot, 0, "sha256:layer", b"")
+
+    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+        return [layer.directory for layer in layers]
 
     def starting(self, chain: Sequence[Attached]) -> None:
         pass

@@ -25,7 +25,7 @@ from lazysnap.errors import (
 from lazysnap.labels import REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.overlay import Kind
 from lazysnap.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.remote import Attached, RemoteLayers
+from lazysnap.snapshotter.remote import Attached, Lower, RemoteLayers
 from lazysnap.store.records import Attachment, Usage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -313,6 +313,9 @@ class Directory:
             raise self.fails
         mounts.bind(str(self.source), mountpoint, read_only=True)
         return Attachment(slot, 0, labels["containerd.io/snapshot/cri.layer-digest"], b"record")
+
+    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+        return [layer.directory for layer in layers]
 
     def starting(self, chain: Sequence[Attached]) -> None:
         pass
