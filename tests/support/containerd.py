@@ -44,6 +44,20 @@ _DISABLED = (
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
 )
+# Garbage is collected when a client asks for it and waits, and hardly ever besides; or all the time.
+# (containerd 1.6, docs/garbage-collection.md; thresholds of 0 would be the defaults' immediate ones.)
+_WHEN_ASKED = {
+    "startup_delay": "0s",
+    "deletion_threshold": 1_000_000,
+    "mutation_threshold": 0,
+    "pause_threshold": 0.00001,
+}
+_ALWAYS = {
+    "startup_delay": "1ms",
+    "schedule_delay": "0ms",
+    "mutation_threshold": 1,
+    "pause_threshold": 0.5,
+}
 _START_SECONDS = 120
 _STOP_SECONDS = 60
 
@@ -56,6 +70,8 @@ class PrivateContainerd:
             short path, since a socket's path has at most 107 bytes.
         proxies: snapshotter name to the socket of its proxy plugin.
         namespace: what `ctr` and `run` work in.
+        collects_always: garbage is collected after almost each change: what is neither leased nor
+            referred to is gone at once. Else only when a client asks for it.
     """
 
     def __init__(
@@ -64,12 +80,14 @@ class PrivateContainerd:
         *,
         proxies: Mapping[str, str | Path] | None = None,
         namespace: str = "default",
+        collects_always: bool = False,
     ) -> None:
         self.directory = directory / "containerd"
         self.address = str(self.directory / "c.sock")
         self.log_path = self.directory / "containerd.log"
         self.namespace = namespace
         self.proxies = dict(proxies or {})
+        self._collection = _ALWAYS if collects_always else _WHEN_ASKED
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         if len(self.address.encode()) > 100:
@@ -224,6 +242,8 @@ class PrivateContainerd:
             f"disabled_plugins = [{disabled}]",
             "[grpc]",
             f"address = {json.dumps(self.address)}",
+            '[plugins."io.containerd.gc.v1.scheduler"]',
+            *(f"{key} = {json.dumps(value)}" for key, value in self._collection.items()),
         ]
         for name, socket in self.proxies.items():
             lines += [

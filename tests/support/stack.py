@@ -152,11 +152,21 @@ def _ask(path: Path, question: dict[str, Any]) -> dict[str, Any]:
 class Stack:
     """What `stack` yields; see the module."""
 
-    def __init__(self, directory: Path, registry: DockerRegistry, lazysnap: Lazysnap) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        registry: DockerRegistry,
+        lazysnap: Lazysnap,
+        collects_always: bool = False,
+    ) -> None:
         self.directory = directory
         self.registry = registry
         self.lazysnap = lazysnap
-        self.containerd = PrivateContainerd(directory, proxies={SNAPSHOTTER: str(lazysnap.address)})
+        self.containerd = PrivateContainerd(
+            directory,
+            proxies={SNAPSHOTTER: str(lazysnap.address)},
+            collects_always=collects_always,
+        )
         self._pushed = 0
 
     def push_busybox(self, repository: str, forms: Sequence[str], payload: bytes = b"") -> str:
@@ -255,16 +265,17 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 @contextlib.contextmanager
-def stack(directory: Path, *, config: str = "") -> Iterator[Stack]:
+def stack(directory: Path, *, config: str = "", collects_always: bool = False) -> Iterator[Stack]:
     """Everything, running.
 
     Args:
         directory: an empty directory with a short path.
         config: text of lazysnap's configuration file.
+        collects_always: containerd collects garbage all the time.
     """
     lazysnap = Lazysnap(directory, config)
     with docker_registry(directory) as registry:
-        it = Stack(directory, registry, lazysnap)
+        it = Stack(directory, registry, lazysnap, collects_always)
         try:
             lazysnap.start()
             it.containerd.start()
