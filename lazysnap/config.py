@@ -378,6 +378,19 @@ def read(path: str | None) -> str | None:
         raise ConfigError(f"{path or DEFAULT_PATH} cannot be read: {error}") from error
 
 
+def reloaded(old: Config, new: Config) -> Config:
+    """The old configuration with those changes that need no restart."""
+    for key in changed(old, new):
+        if not key.reloads:
+            continue
+        change = {key.name: key.value(new)}
+        if key.section:
+            section = msgspec.structs.replace(getattr(old, key.section), **change)
+            change = {key.section: section}
+        old = msgspec.structs.replace(old, **change)
+    return old
+
+
 def changed(old: Config, new: Config) -> list[Key]:
     """The keys whose values differ."""
     return [key for key in all_keys() if key.value(old) != key.value(new)]

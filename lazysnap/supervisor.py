@@ -106,6 +106,10 @@ class Supervisor:
         if not places:
             self._places.pop(layer, None)
 
+    def layers(self) -> int:
+        """How many layers all shards have together."""
+        return sum(shard.slots for shard in self._shards.values())
+
     async def start(self, used: Iterable[int]) -> None:
         """Make sure that all shards run: those for new layers, and those that layers are on.
 

@@ -132,15 +132,19 @@ class Evictor:
 
     def __init__(self, cache: Cache, limits: CacheLimits) -> None:
         self.cache = cache
+        self.apply(limits)
+        self._usage = os.path.join(cache.root, "usage")
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._hopeless_until = float("-inf")
+
+    def apply(self, limits: CacheLimits) -> None:
+        """Keep to other limits from now on."""
         self.limits = limits
         self._look_after = _LOOK_AFTER_BYTES
         if limits.size_limit_bytes:
             share = limits.size_limit_bytes // _LOOK_AFTER_SHARE
             self._look_after = min(self._look_after, share)
-        self._usage = os.path.join(cache.root, "usage")
-        self._lock = threading.Lock()
-        self._pending = 0
-        self._hopeless_until = float("-inf")
 
     def stored(self, size: int) -> None:
         """Note that something was stored; looks at the limits when it has become much.

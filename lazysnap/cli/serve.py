@@ -31,16 +31,20 @@ def command(
 ) -> None:
     """Serve snapshots to containerd until SIGTERM.
 
-    Options override the configuration file (default: /etc/lazysnap/config.toml). Mounted layers go
-    on working when the daemon stops; the next one finds them.
+    Options override the configuration file (default: /etc/lazysnap/config.toml), which is read again
+    at SIGHUP. Mounted layers go on working when the daemon stops; the next one finds them.
     """
-    settings = config.load(config_path)
     given = {"root": root, "address": address, "log_level": log_level}
-    settings = msgspec.structs.replace(settings, **{k: v for k, v in given.items() if v})
+
+    def load() -> config.Config:
+        settings = config.load(config_path)
+        return msgspec.structs.replace(settings, **{k: v for k, v in given.items() if v})
+
+    settings = load()
     log.setup(settings.log_level, settings.log_format)
     from lazysnap import daemon  # after the options are known to be right: it loads grpc
 
     async def serve() -> None:
-        await daemon.run(settings, unmount_on_exit=unmount_on_exit)
+        await daemon.run(load, unmount_on_exit=unmount_on_exit)
 
     trio.run(serve)

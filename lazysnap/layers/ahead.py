@@ -168,6 +168,13 @@ class Ahead:
             for work in [work for work in lane.works if work.fetcher is fetcher]:
                 lane.finish(work)
 
+    def drop_all(self, priority: Priority) -> None:
+        """Give up all plans of a priority."""
+        for lane in self._lanes.values():
+            if lane.priority is priority:
+                for work in list(lane.works):
+                    lane.finish(work)
+
     def pending(self) -> int:
         """How many plans are not done."""
         return sum(len(lane.works) for lane in self._lanes.values())

@@ -69,7 +69,7 @@ class _Bucket:
     """Lets through so many bytes a second on average, and a tenth of a second's worth at once."""
 
     def __init__(self, rate: int) -> None:
-        self._rate = rate
+        self.rate = rate
         self._free_at = float("-inf")
 
     async def take(self, count: int, *, urgent: bool) -> None:
@@ -78,14 +78,14 @@ class _Bucket:
         What is not urgent first waits until nobody else does, so that what is urgent never waits for
         more than one piece of it.
         """
-        if self._rate <= 0:
+        if self.rate <= 0:
             return
         if not urgent:
             with trio.move_on_after(_STARVED_SECONDS):
                 while self._free_at > trio.current_time():
                     await trio.sleep_until(self._free_at)
         now = trio.current_time()
-        self._free_at = until = max(self._free_at, now - _BURST_SECONDS) + count / self._rate
+        self._free_at = until = max(self._free_at, now - _BURST_SECONDS) + count / self.rate
         if until > now:
             await trio.sleep_until(until)
 
@@ -224,6 +224,15 @@ class Scheduler:
         self._connections = max(self.limits.connections, 1)
         self._hosts: dict[str, Host] = {}
         self._serial = 0
+
+    def apply(self, limits: Limits) -> None:
+        """Keep to other limits from now on; what is under way goes on."""
+        self.limits = limits
+        self.total.rate = limits.bytes_per_second
+        self._connections = max(limits.connections, 1)
+        for host in self._hosts.values():
+            host.bucket.rate = limits.host_bytes_per_second
+            self.grant(host)
 
     def host(self, name: str) -> Host:
         """What is known of a host."""

@@ -97,6 +97,15 @@ class Registry:
     ) -> None:
         await self._transport.aclose()
 
+    def apply(self, settings: RegistrySettings) -> None:
+        """Use other settings for what begins from now on.
+
+        Connections that are open keep theirs, and so do the limits on their number.
+        """
+        self._hosts.settings = settings
+        self._transport.settings = settings
+        self.exchange.settings = settings
+
     def allow_plain_http(self, host: str) -> None:
         """Speak plain HTTP to a host from now on, because the user asked for it."""
         self._hosts.allow_plain_http(host)

@@ -32,7 +32,7 @@ class LayerHealth:
 
     def __init__(self, cache: Cache, settings: ShardSettings) -> None:
         self._cache = cache
-        self._settings = settings
+        self.settings = settings
         self._complete: dict[str, int] = {}
         self._probe_failed: dict[str, tuple[float, str]] = {}
 
@@ -57,7 +57,7 @@ class LayerHealth:
         if self._complete.get(name) == generation:
             return "local", ""
         success = blob.last_success
-        if success is not None and now - success < self._settings.probe_valid_seconds:
+        if success is not None and now - success < self.settings.probe_valid_seconds:
             return "reachable", ""
         if await trio.to_thread.run_sync(is_complete, layer.index, self._cache):
             self._complete[name] = generation
@@ -75,7 +75,7 @@ class LayerHealth:
         if problem and time.monotonic() - when < _PROBE_FAILED_SECONDS:
             return problem
         try:
-            await blob.probe(self._settings.probe_seconds)
+            await blob.probe(self.settings.probe_seconds)
         except LazysnapError as error:
             self._probe_failed[name] = time.monotonic(), str(error)
             return str(error)

@@ -13,6 +13,7 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `metrics()` numbers for the daemon, see `reporting`
 - `record(slots, since)` begin to note what is read
 - `recorded(slots, since)` end it, and tell what was read
+- `reload()` take up the settings that are on disk now
 - `restart()` end, so that the keeper starts a worker of the release that is on disk now
 """
 
@@ -130,7 +131,7 @@ class Worker:
         """The calls of the control socket."""
         names = (
             *("ping", "attach", "detach", "health", "status", "metrics"),
-            *("record", "recorded", "restart"),
+            *("record", "recorded", "reload", "restart"),
         )
         return {name: getattr(self, name) for name in names}
 
@@ -294,6 +295,23 @@ class Worker:
         if lost:
             raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")
         return found
+
+    async def reload(self) -> int:
+        """Take up the settings that the daemon has written; our process id."""
+        before = self.settings
+        self.settings = settings = read_settings(self.root)
+        log.setup(settings.log_level, settings.log_format)
+        self.evictor.apply(settings.cache)
+        self.scheduler.apply(settings.limits)
+        self._registry.apply(settings.registry)
+        self._decoders.total_tokens = settings.decode_threads
+        self._health.settings = settings
+        if before.background and not settings.background:
+            self.ahead.drop_all(Priority.BACKGROUND)
+        elif settings.background and not before.background:
+            self._nursery.start_soon(self.resume)
+        _log.info("settings reloaded", shard=self.number)
+        return os.getpid()
 
     async def restart(self) -> None:
         """End soon; the keeper starts another worker."""
