@@ -60,6 +60,7 @@ class Root:
         make: makes a missing directory and opens it; without it nothing is made.
         replace: removes something that is no directory if a directory may take its place, and says
             whether it did.
+        found: told about each directory that was there and is opened.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class Root:
         fd: int,
         make: Callable[[Directory, bytes], Directory] | None = None,
         replace: Callable[[Directory, bytes], bool] | None = None,
+        found: Callable[[Directory], None] = lambda _: None,
     ) -> None:
         self.top = Directory(fd, b"")
         self._make = make
         self._replace = replace
+        self._found = found
         self._open: dict[bytes, Directory] = {}
         self._last: tuple[bytes, Directory] = (b"", self.top)
         self._steps = 0
@@ -172,6 +175,7 @@ class Root:
                 raise NotADirectoryThere(f"{show(here.child(name))} is no directory") from None
             else:
                 found = Directory(fd, here.child(name))
+                self._found(found)
             self.keep(found)
             return found
         raise FormatError(f"{show(here.child(name))} keeps changing")

@@ -78,7 +78,7 @@ class Tree:
         if form.opaque.startswith(b"user."):
             refused += (b"user.overlay.",)  # as much a command to overlay there
         self.attributes = Attributes(same_owner=form.same_owner, refused=refused)
-        self._root = Root(top, self._make_left_out, self._replace_whiteout)
+        self._root = Root(top, self._make_left_out, self._replace_whiteout, self._note_times)
         self._stream = stream
         self._form = form
         self._lowers = lowers
@@ -86,6 +86,7 @@ class Tree:
         self._late: dict[bytes, _Late] = {}
         # paths of this layer, which whiteouts that remove files must spare
         self._own: set[bytes] = set()
+        self._note_times(self._root.top)
 
     def add(self, entry: Entry) -> None:
         """Make a file.
@@ -103,8 +104,7 @@ class Tree:
         if path.startswith(_WHITEOUT) or b"/" + _WHITEOUT in path:
             if parent.startswith(_WHITEOUT) or b"/" + _WHITEOUT in parent:
                 raise FormatError("a directory has the name of a whiteout")
-            directory = self._root.directory(parent)
-            self._whiteout(directory, name, entry)
+            self._whiteout(parent, name, entry)
             return
         directory = self._root.directory(parent)
         if not self._form.opaque:
@@ -250,6 +250,13 @@ class Tree:
                 break
         return made
 
+    def _note_times(self, directory: Directory) -> None:
+        """A directory of a lower layer, which files are put in: its times shall stay."""
+        if not self._form.opaque and directory.path not in self._late:
+            status = os.fstat(directory.fd)
+            times = status.st_atime_ns, status.st_mtime_ns
+            self._late[directory.path] = _Late(stat.S_IMODE(status.st_mode), times)
+
     def _inherit(self, made: Directory, lower: Directory) -> None:
         status = os.fstat(lower.fd)
         names = [os.fsencode(name) for name in os.listxattr(lower.fd)]
@@ -270,20 +277,18 @@ class Tree:
 
     # -- whiteouts ----------------------------------------------------------------------------------
 
-    def _whiteout(self, directory: Directory, name: bytes, entry: Entry) -> None:
-        if name == _OPAQUE:
-            if self._form.opaque:
-                os.setxattr(directory.fd, self._form.opaque, b"y")
-            else:
-                self._remove_lower(directory)
-            return
-        hidden = name[len(_WHITEOUT) :]
-        if hidden in (b"", b".", b".."):
+    def _whiteout(self, parent: bytes, name: bytes, entry: Entry) -> None:
+        hidden = b"" if name == _OPAQUE else name[len(_WHITEOUT) :]
+        if name != _OPAQUE and hidden in (b"", b".", b".."):
             raise FormatError("a whiteout of nothing")
+        directory = self._root.directory(parent)
         if not self._form.opaque:
-            left = self._remove_below(directory, hidden)
-            if left is not None:
-                self._remove_lower(self._root.directory(left))
+            path = self._remove_below(directory, hidden) if hidden else directory.path
+            if path is not None:
+                self._remove_lower(path)
+            return
+        if not hidden:
+            os.setxattr(directory.fd, self._form.opaque, b"y")
             return
         try:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=directory.fd)
@@ -297,9 +302,9 @@ class Tree:
             self._own.add(path)
             path = path.rpartition(b"/")[0]
 
-    def _remove_lower(self, top: Directory) -> None:
+    def _remove_lower(self, path: bytes) -> None:
         """Remove what is in a directory and not of this layer."""
-        left = [top.path]
+        left = [path]
         while left:
             directory = self._root.directory(left.pop())
             for name in os.listdir(directory.fd):
