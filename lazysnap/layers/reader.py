@@ -25,6 +25,9 @@ from lazysnap.metrics.counts import counts
 
 # What was just stored can be evicted, or dropped by another process, before it is read.
 _ATTEMPTS = 4
+# The kernel asks for so much at once only if a file is read in sequence.
+_LARGE_READ = 512 << 10
+_READ_AHEAD = 4 << 20
 
 
 class LayerReader:
@@ -177,7 +180,7 @@ class LayerReader:
 
     async def _read_disk(self, content: Content, offset: int, size: int) -> bytes | None:
         try:
-            data = await trio.to_thread.run_sync(os.pread, content.fd, size, offset)
+            data = await trio.to_thread.run_sync(_read_on, content.fd, size, offset)
         except OSError as error:
             self._contents.complain(error)
             return None
@@ -219,3 +222,14 @@ def _read_resident(fd: int, offset: int, buffer: memoryview) -> bool:
         # A file system without RWF_NOWAIT.
         count = os.preadv(fd, [buffer], offset)
     return count == len(buffer)
+
+
+def _read_on(fd: int, size: int, offset: int) -> bytes:
+    """In a thread: read from the disk, and have the kernel fetch what a sequential reader wants next.
+
+    By itself it would not: reads with RWF_NOWAIT, as all that follow are if they can, start nothing.
+    """
+    data = os.pread(fd, size, offset)
+    if size >= _LARGE_READ:
+        os.posix_fadvise(fd, offset + size, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+    return data
