@@ -12,7 +12,7 @@ from lazysnap.check import settings
 from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
 from lazysnap.check.settings import Proxy
 from lazysnap.containerd.client import Containerd, Plugin
-from lazysnap.errors import LazysnapError
+from lazysnap.errors import ConfigError, LazysnapError
 
 _OLDEST = (1, 6)
 _TRANSFER_LABELS = (2, 1)
@@ -54,7 +54,10 @@ async def _asked(context: Context) -> tuple[tuple[int, int] | None, list[Plugin]
 async def plugin(context: Context) -> list[Finding]:
     """The entry of the proxy plugin, in the file and in the running process."""
     path = settings.find(context)
-    configured = settings.proxies(settings.load(path))
+    try:
+        configured = settings.proxies(settings.load(path))
+    except ConfigError as error:
+        return [failure(str(error), "containerd does not start with it", error.hint or "")]
     version, plugins = await _asked(context)
     mine = ours(context, configured)
     if not mine:
@@ -131,10 +134,18 @@ def judge_loaded(mine: Iterable[Proxy], plugins: Iterable[Plugin]) -> Iterator[F
             )
 
 
+def _readable(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Path and content of containerd's configuration; empty if `plugin` reports that it is bad."""
+    path = settings.find(context)
+    try:
+        return path, settings.load(path)
+    except ConfigError:
+        return path, {}
+
+
 def cri(context: Context) -> list[Finding]:
     """What Kubernetes needs."""
-    path = settings.find(context)
-    config = settings.load(path)
+    path, config = _readable(context)
     mine = [proxy.name for proxy in ours(context, settings.proxies(config))]
     table = settings.cri(config)
     return [] if table is None or not mine else list(judge_cri(table, mine, path))
@@ -159,8 +170,7 @@ def judge_cri(table: Mapping[str, Any], mine: Iterable[str], path: str) -> Itera
 
 async def transfer(context: Context) -> list[Finding]:
     """What the transfer service of containerd 2 needs."""
-    path = settings.find(context)
-    config = settings.load(path)
+    path, config = _readable(context)
     version, _ = await _asked(context)
     mine = [proxy.name for proxy in ours(context, settings.proxies(config))]
     if not mine or version is None or version[0] < 2:

@@ -138,8 +138,8 @@ def _remove(paths: Sequence[str]) -> str:
 def _in_cache(context: Context) -> list[str]:
     """What is unfinished in the cache, and older than anything takes to be written."""
     path = context.below_root("cache")
-    if not os.path.isdir(os.path.join(path, "index")):
-        return []
+    if not os.path.isdir(os.path.join(path, "objects")):
+        return []  # else it would be made
     cache = Cache(path)
     try:
         # An index without a layer may be used again: that goes only by `lazysnap cache prune`.

@@ -23,8 +23,8 @@ PROBES: tuple[Probe, ...] = (
     *overlay.PROBES,
     *disk.PROBES,
     *cache.PROBES,
+    *mounted.PROBES,  # what is mounted in a directory that is to go is unmounted first
     *store.PROBES,
-    *mounted.PROBES,
     *shards.PROBES,
     *daemon.PROBES,
     *containerd.PROBES,

@@ -11,7 +11,7 @@ import trio
 from lazysnap import oci
 from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
 from lazysnap.check.state import environment
-from lazysnap.errors import FormatError, LazysnapError, NotLazy, RangesUnsupported
+from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.reference import Reference
@@ -20,7 +20,7 @@ from lazysnap.registry.credentials import DockerConfig
 
 _BUILDERS = 2
 _CONVERT = "convert the image to eStargz or zstd:chunked"
-_NOT_LAZY = (NotLazy, FormatError, RangesUnsupported)
+_NOT_LAZY = (NotLazy, FormatError, DigestMismatch, RangesUnsupported)
 """Errors that say something of the layer or its registry for good."""
 
 

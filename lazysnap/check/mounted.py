@@ -23,9 +23,11 @@ _SETTLE_SECONDS = 3.0
 
 def expected(context: Context) -> Iterator[Finding]:
     """Every lazy snapshot shows its layer, through the shard that serves it now."""
+    # In this order: a layer is mounted before the database knows it.
+    known = attached(context) or {}
     points = {point.path: point for point in mounts.mount_points()}
     missing, stale = [], []
-    for number, attachment in sorted((attached(context) or {}).items()):
+    for number, attachment in sorted(known.items()):
         there = points.get(fs_path(context.below_root("snapshots"), number))
         shard = points.get(context.below_root("shards", str(attachment.shard)))
         if there is None:

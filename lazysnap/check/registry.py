@@ -15,9 +15,10 @@ import trio
 from lazysnap.check.finding import Context, Finding, Probe, failure, warning
 from lazysnap.check.state import environment, slots
 from lazysnap.digest import Digest
-from lazysnap.errors import LazysnapError, Unauthorized
+from lazysnap.errors import LazysnapError, RegistryUnreachable, Unauthorized
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.reference import Reference
+from lazysnap.registry.blob import RemoteBlob
 from lazysnap.registry.client import Registry
 from lazysnap.registry.credentials import Credential, DockerConfig
 from lazysnap.registry.retry import Fault
@@ -27,37 +28,45 @@ _AT_ONCE = 8
 # What registries allow tokens to be off by (docker's distribution: token.Leeway).
 _SKEW_SECONDS = 60.0
 _SOON_SECONDS = 3600.0
+# Hosts that are asked for the time, one after the other until one tells it.
+_CLOCKS = 3
+_WHY = "what is not in the cache of its layers cannot be read"
+_CREDENTIALS = "see to the network, and to the node's credentials"
 
 
-def _images(context: Context) -> list[SlotRecord]:
+def _images(context: Context) -> list[tuple[Reference, SlotRecord]]:
     """One layer of each image in use."""
-    records, _ = slots(context)
-    return list({record.reference: record for record in records}.values())
+    by_name = {record.reference: record for record in slots(context)[0]}
+    return [(Reference.parse(name), record) for name, record in sorted(by_name.items())]
+
+
+def _blob(registry: Registry, reference: Reference, record: SlotRecord) -> RemoteBlob:
+    return registry.blob(reference, Digest.parse(record.layer_digest), record.blob_size)
 
 
 async def reachable(context: Context) -> list[Finding]:
-    """Asks for a byte of each image."""
+    """Asks for a byte of each image; of a host that does not answer not again and again."""
     found: dict[str, Finding] = {}
     limit = trio.CapacityLimiter(_AT_ONCE)
 
-    async def one(registry: Registry, record: SlotRecord) -> None:
+    async def one(registry: Registry, reference: Reference, record: SlotRecord) -> None:
         async with limit:
+            if reference.host in found:
+                return
             try:
-                reference = Reference.parse(record.reference)
-                digest = Digest.parse(record.layer_digest)
-                await registry.blob(reference, digest, record.blob_size).probe(_PROBE_SECONDS)
+                await _blob(registry, reference, record).probe(_PROBE_SECONDS)
+            except RegistryUnreachable as error:
+                text = f"{reference.host} cannot be reached: {error}"
+                found[reference.host] = warning(text, _WHY, "see to the network")
             except LazysnapError as error:
                 kind = failure if isinstance(error, Unauthorized) else warning
-                found[record.reference] = kind(
-                    f"{record.reference} cannot be fetched: {error}",
-                    "what is not in the cache of its layers cannot be read",
-                    error.hint or "see to the network, and to the node's credentials",
-                )
+                text = f"{record.reference} cannot be fetched: {error}"
+                found[record.reference] = kind(text, _WHY, error.hint or _CREDENTIALS)
 
     credentials = DockerConfig(environ=environment(context))
     async with Registry(context.registry, credentials) as registry, trio.open_nursery() as nursery:
-        for record in _images(context):
-            nursery.start_soon(one, registry, record)
+        for reference, record in _images(context):
+            nursery.start_soon(one, registry, reference, record)
     return [found[name] for name in sorted(found)]
 
 
@@ -65,9 +74,9 @@ async def clock(context: Context) -> list[Finding]:
     """Compares our clock with that of the first registry that tells its own."""
     credentials = DockerConfig(environ=environment(context))
     async with Registry(context.registry, credentials) as registry:
-        for record in _images(context):
-            reference = Reference.parse(record.reference)
-            blob = registry.blob(reference, Digest.parse(record.layer_digest), record.blob_size)
+        by_host = {reference.host: (reference, record) for reference, record in _images(context)}
+        for reference, record in list(by_host.values())[:_CLOCKS]:
+            blob = _blob(registry, reference, record)
             before = time.time()
             try:
                 answer = await blob.request("bytes=0-0", blob.backoff(_PROBE_SECONDS))
@@ -125,7 +134,7 @@ def expiry(token: str) -> float | None:
 
 async def credentials(context: Context) -> list[Finding]:
     """Looks into the tokens that are kept for the hosts of images in use."""
-    hosts = {Reference.parse(record.reference).host for record in _images(context)}
+    hosts = {reference.host for reference, _ in _images(context)}
     if context.image is not None:
         hosts.add(context.image.host)
     source = DockerConfig(environ=environment(context))

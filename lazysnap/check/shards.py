@@ -33,12 +33,14 @@ class Shard:
         keeper: process id of its keeper, 0 if it has none.
         who: what its worker answers to `ping`, None if it does not.
         slots: of layers on it.
+        problem: why its worker does not answer.
     """
 
     number: int
     keeper: int
     who: dict[str, Any] | None
     slots: tuple[int, ...]
+    problem: str = ""
 
 
 async def _call(context: Context, shard: int, name: str, seconds: float, **args: Any) -> Any:
@@ -61,12 +63,13 @@ async def shards(context: Context) -> list[Shard]:
     found: list[Shard] = []
 
     async def one(number: int) -> None:
+        who, problem = None, ""
         try:
             who = await _call(context, number, "ping", _CALL_SECONDS)
-        except LazysnapError:
-            who = None
+        except LazysnapError as error:
+            problem = str(error)
         mine = tuple(record.slot for record in records if record.shard == number)
-        shard = Shard(number, _keeper(context, number), who, mine)
+        shard = Shard(number, _keeper(context, number), who, mine, problem)
         if shard.keeper or shard.who or shard.slots:
             found.append(shard)
 
@@ -112,10 +115,10 @@ def judge(shard: Shard, daemon: bool) -> Finding | None:
         )
     if shard.who is None:
         return failure(
-            f"the worker of {name} does not answer (keeper {shard.keeper})",
+            f"the worker of {name} (keeper {shard.keeper}) does not answer: {shard.problem}",
             f"{layers}, or only slowly",
-            "lazysnap serve replaces it within half a minute"
-            + ("; else see the daemon's log" * daemon or ": start it"),
+            "lazysnap serve replaces it within half a minute: "
+            + ("else see its log" if daemon else "start it"),
         )
     if shard.keeper != shard.who["keeper"]:
         return warning(
@@ -170,10 +173,24 @@ async def layers(context: Context) -> list[Finding]:
         except LazysnapError as error:
             found.append(warning(f"shard {shard.number} does not tell of its layers: {error}"))
             return
+        usable = []
         for slot in shard.slots:
-            name = f"layer {records[slot].layer_digest} of {records[slot].reference}"
             state = health.get(slot, {"state": "failed", "detail": "nothing is known of it"})
-            found.extend(await _layer(context, shard.number, slot, name, state))
+            bad = judge_layer(_name(records[slot]), state["state"], state["detail"])
+            found.extend(bad)
+            if not bad:
+                usable.append(slot)
+        try:
+            # One that cannot be loaded would fail the whole call.
+            numbers = await _call(context, shard.number, "status", _HEALTH_SECONDS, slots=usable)
+        except LazysnapError as error:
+            found.append(warning(f"shard {shard.number} does not tell of errors: {error}"))
+            return
+        for row in numbers:
+            if row["errors"]:
+                name, last = _name(records[row["slot"]]), row["last_error"]
+                text = f"{name} had {row['errors']} errors, the last: {last}"
+                found.append(info(text, "it can be read now; readers may have seen them"))
 
     async with trio.open_nursery() as nursery:
         for shard in await shards(context):
@@ -182,26 +199,22 @@ async def layers(context: Context) -> list[Finding]:
     return found
 
 
-async def _layer(
-    context: Context, shard: int, slot: int, name: str, health: dict[str, str]
-) -> list[Finding]:
-    state, detail = health["state"], health["detail"]
-    if state == "failed":
-        return [failure(f"{name} cannot be served: {detail}", hint="remove the image, pull again")]
+def _name(record: SlotRecord) -> str:
+    return f"layer {record.layer_digest} of {record.reference}"
+
+
+def judge_layer(name: str, state: str, detail: str) -> list[Finding]:
+    """What it means that the `health` of a layer is this; see `Worker.health`."""
     cure = "see to the network and to the node's credentials (docker login)"
+    if state == "failed":
+        why = "readers get errors"
+        return [failure(f"{name} cannot be served: {detail}", why, "remove the image, pull again")]
     if state == "unreachable":
         return [failure(f"{name} cannot be read: {detail}", "its image cannot be started", cure)]
     if state == "degraded":
         why = "what is in the cache can be read, the rest cannot"
         return [warning(f"{name} cannot be fetched now: {detail}", why, cure)]
-    try:
-        (numbers,) = await _call(context, shard, "status", _HEALTH_SECONDS, slots=[slot])
-    except LazysnapError as error:
-        return [warning(f"{name}: nothing is known of its errors: {error}")]
-    if not numbers["errors"]:
-        return []
-    text = f"{name} had {numbers['errors']} errors, the last: {numbers['last_error']}"
-    return [info(text, "it can be read now; readers may have seen them")]
+    return []
 
 
 PROBES = (

@@ -84,7 +84,7 @@ def attached(context: Context) -> Mapping[int, Attachment] | None:
 def directories(context: Context) -> Iterator[Finding]:
     """Every snapshot has a directory, and every directory a snapshot."""
     top = context.below_root("snapshots")
-    # In this order: a directory gets its number before the database knows it.
+    # In this order: a snapshot gets its directory before the database knows it.
     known, names = _known(context), _listed(top)
     if known is None:
         return
@@ -134,10 +134,11 @@ def _dispose(context: Context) -> str:
 
 def lazy(context: Context) -> Iterator[Finding]:
     """Every lazy snapshot has its slot and its index, and every slot a snapshot."""
-    records, unreadable = slots(context)
+    # In this order: a slot gets its record before the database knows it.
     known = attached(context)
     if known is None:
         return
+    records, unreadable = slots(context)
     daemon = running_daemon(context)
     restored = "restart lazysnap serve, which writes it anew" if daemon else "start lazysnap serve"
     for slot, problem in sorted(unreadable.items()):

@@ -70,7 +70,7 @@ class Scene:
 
     def lazy(self, name: str, reference: str = "127.0.0.1:1/r/x:t", layer: str = LAYER) -> int:
         """Make a lazy snapshot with its directory, slot and (empty) index, but no mount."""
-        slot = self.store.next_slot()
+        slot, layer = self.store.next_slot(), str(layer)  # msgspec encodes no subclasses of str
         record = SlotRecord(
             slot=slot, shard=0, layer_digest=layer, index="i", reference=reference, blob_size=7
         )
