@@ -1,42 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lazysnap status`: the layers that are mounted lazily, how much of them is local, and the shards.
+"""`lazysnap status`: the images, how much of their layers is local, and why some are not lazy.
 
-Asks the workers at their sockets and reads `slots/`, so it needs no daemon. A shard that does not
-answer is shown as such, with its layers.
+Needs no daemon. A shard that does not answer is shown as such; what is local of its layers is then
+found by looking at the cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import click
 import trio
 
-from lazysnap import channel, config, log
+from lazysnap import config, log
+from lazysnap.cli import interrupt
+from lazysnap.cli.inquiry import inquire
 from lazysnap.cli.units import bytes_text
-from lazysnap.errors import ConfigError, LazysnapError
-from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
+from lazysnap.errors import ConfigError
 
-_PING_SECONDS = 2.0
-# A worker looks at every file of each layer.
-_STATUS_SECONDS = 30.0
 _EXIT_SILENT_SHARD = 1
+_CLEAR = "\033[H\033[2J\033[3J"
 
 
 @click.command()
 @click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
 @click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C; with --json, a line each time.")
+@click.option(
+    "--interval",
+    default=2.0,
+    type=click.FloatRange(min=0.1),
+    show_default=True,
+    help="Seconds between two looks of --watch.",
+)
 @click.pass_context
-def command(ctx: click.Context, config_path: str | None, root: str | None, as_json: bool) -> None:
-    """Show the lazily mounted layers and how much of them is local.
+def command(
+    ctx: click.Context,
+    config_path: str | None,
+    root: str | None,
+    as_json: bool,
+    watch: bool,
+    interval: float,
+) -> None:
+    """Show images and layers: what is local, what was fetched, why a layer is not lazy.
 
     Exit status: 1 if a shard does not answer.
     """
     log.setup("error")
-    directory = os.path.abspath(root or config.load(config_path).root)
+    directory = readable_root(root or config.load(config_path).root)
+
+    async def look() -> dict[str, Any]:
+        return await inquire(directory)
+
+    async def go_on() -> None:
+        while True:
+            document = await look()
+            text = json.dumps(document) if as_json else _CLEAR + _as_text(document)
+            click.echo(text)
+            await trio.sleep(interval)
+
+    if watch:
+        interrupt.run(go_on)
+        return
+    document = interrupt.run(look)
+    click.echo(json.dumps(document, indent=2) if as_json else _as_text(document))
+    if any(shard["error"] for shard in document["shards"]):
+        ctx.exit(_EXIT_SILENT_SHARD)
+
+
+def readable_root(path: str) -> str:
+    """The root directory without links in its path.
+
+    Raises:
+        ConfigError: it is not there, or we may not look at it.
+    """
+    directory = os.path.realpath(path)
     try:
         os.listdir(directory)
     except OSError as error:
@@ -44,127 +86,78 @@ def command(ctx: click.Context, config_path: str | None, root: str | None, as_js
             f"the root {directory} cannot be read: {error.strerror}",
             hint="run as root, and name lazysnap's directory with --root",
         ) from error
-    document = trio.run(_collect, directory)
-    click.echo(json.dumps(document, indent=2) if as_json else _as_text(document))
-    if any(shard["error"] for shard in document["shards"]):
-        ctx.exit(_EXIT_SILENT_SHARD)
-
-
-async def _collect(root: str) -> dict[str, Any]:
-    records: list[SlotRecord] = []
-    unreadable: list[str] = []
-    for slot in list_slots(root):
-        try:
-            records.append(read_slot(root, slot))
-        except LazysnapError as error:
-            unreadable.append(str(error))
-    shards: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
-
-    async def ask(number: int, mine: list[SlotRecord]) -> None:
-        shard, found = await _ask(root, number, [record.slot for record in mine])
-        shards.append(shard)
-        answers = {row["slot"]: row for row in found}
-        layers.extend(_layer(record, answers.get(record.slot)) for record in mine)
-
-    async with trio.open_nursery() as nursery:
-        for number in sorted({record.shard for record in records} | set(_sockets(root))):
-            nursery.start_soon(ask, number, [r for r in records if r.shard == number])
-    return {
-        "root": root,
-        "shards": sorted(shards, key=lambda shard: shard["shard"]),
-        "layers": sorted(layers, key=lambda layer: (layer["reference"], layer["slot"])),
-        "unreadable": unreadable,
-        "totals": {key: sum(layer[key] or 0 for layer in layers) for key in _SUMMED},
-    }
-
-
-_SUMMED = ("bytes", "localBytes", "fetchedBytes", "requests", "errors")
-
-
-def _sockets(root: str) -> list[int]:
-    try:
-        names = os.listdir(os.path.join(root, "shards"))
-    except FileNotFoundError:
-        return []
-    return [int(name[:-5]) for name in names if name.endswith(".sock") and name[:-5].isdigit()]
-
-
-async def _ask(
-    root: str, number: int, slots: list[int]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a shard says of itself and of its layers; as much of it as can be had."""
-    path = os.path.join(root, "shards", f"{number}.sock")
-    shard: dict[str, Any] = {"shard": number, "error": "", "layers": len(slots)}
-    found: list[dict[str, Any]] = []
-    try:
-        who = await channel.call(path, "ping", timeout=_PING_SECONDS)
-        shard |= {
-            "pid": who["pid"],
-            "version": who["version"],
-            "uptimeSeconds": round(who["uptime_seconds"], 1),
-        }
-    except LazysnapError as error:
-        shard["error"] = str(error)
-        return shard, found
-    # One by one, as one that cannot be loaded fails the whole call.
-    for slot in slots:
-        try:
-            found += await channel.call(path, "status", timeout=_STATUS_SECONDS, slots=[slot])
-        except LazysnapError as error:
-            found.append({"slot": slot, "last_error": str(error)})
-    return shard, found
-
-
-def _layer(record: SlotRecord, answer: dict[str, Any] | None) -> dict[str, Any]:
-    known = answer or {}
-    return {
-        "reference": record.reference,
-        "layer": record.layer_digest,
-        "slot": record.slot,
-        "shard": record.shard,
-        "blobBytes": record.blob_size,
-        "files": known.get("files"),
-        "localFiles": known.get("local_files"),
-        "bytes": known.get("bytes"),
-        "localBytes": known.get("local_bytes"),
-        "fetchedBytes": known.get("fetched_bytes"),
-        "requests": known.get("requests"),
-        "errors": known.get("errors"),
-        "lastError": known.get("last_error"),
-    }
+    return directory
 
 
 def _as_text(document: dict[str, Any]) -> str:
-    lines = []
+    return "\n".join(_lines(document))
+
+
+def _lines(document: dict[str, Any]) -> Iterator[str]:
+    daemon = document["daemon"]
+    if daemon["running"]:
+        yield f"daemon: pid {daemon['pid']}, release {daemon['version']}, {daemon['address']}"
+    else:
+        yield "daemon: not running; mounted layers go on working"
     for shard in document["shards"]:
         state = shard["error"] or f"pid {shard['pid']}, up {shard['uptimeSeconds']:.0f} s"
-        lines.append(f"shard {shard['shard']}: {shard['layers']} layers, {state}")
-    reference = None
-    for layer in document["layers"]:
-        if layer["reference"] != reference:
-            reference = layer["reference"]
-            lines.append(reference)
-        lines.append("  " + _layer_text(layer))
-    lines += document["unreadable"]
-    totals = document["totals"]
-    lines.append(
-        f"{len(document['layers'])} layers: {_share(totals)} local,"
-        f" {bytes_text(totals['fetchedBytes'])} fetched in {totals['requests']} requests,"
+        yield f"shard {shard['shard']}: {shard['layers']} layers, {state}"
+    for image in document["images"]:
+        yield ""
+        users = f", used by {', '.join(map(_user, image['usedBy']))}" if image["usedBy"] else ""
+        count = f"{image['lazyLayers']} of {len(image['layers'])} layers lazy"
+        yield f"{image['reference']}: {count}{users}"
+        for layer in image["layers"]:
+            yield f"  {_layer_text(layer)}"
+    yield ""
+    totals, cache, network = document["totals"], document["cache"], document["network"]
+    yield (
+        f"{totals['layers']} lazy layers: {_share(totals)} local, {_fetched(totals)},"
         f" {totals['errors']} errors"
     )
-    return "\n".join(lines)
+    if document["otherSnapshots"]:
+        yield f"{document['otherSnapshots']} committed snapshots were not asked for lazily"
+    free = cache["fileSystemFreeBytes"]
+    yield (
+        f"cache: {bytes_text(cache['bytes'])} in {cache['contents']} contents"
+        + ("" if free is None else f", {bytes_text(free)} free")
+    )
+    yield (
+        f"network: {bytes_text(network['receivedBytes'])} in {network['requests']} requests,"
+        f" {network['retries']} retries, {network['hungReads']} reads hang"
+    )
+    for problem in document["problems"]:
+        yield f"problem: {problem}"
+
+
+def _user(key: str) -> str:
+    """A key as containerd's clients know it: it reaches us as `namespace/number/key`."""
+    parts = key.split("/", 2)
+    return f"{parts[0]}/{parts[2]}" if len(parts) == 3 and parts[1].isdigit() else key
 
 
 def _layer_text(layer: dict[str, Any]) -> str:
-    name = layer["layer"].partition(":")[2][:12]
+    name = (layer["layer"] or layer["snapshot"]).rpartition(":")[2][:12]
+    if not layer["lazy"]:
+        return f"{name:12}  unpacked: {layer['reason'] or 'not asked for lazily'}"
     if layer["bytes"] is None:
-        return f"{name}  slot {layer['slot']}: {layer['lastError'] or 'not known'}"
-    text = (
-        f"{name}  {_share(layer)} local, {layer['localFiles']} of {layer['files']} files,"
-        f" {bytes_text(layer['fetchedBytes'])} fetched"
-    )
-    return text + (f", {layer['errors']} errors: {layer['lastError']}" if layer["errors"] else "")
+        return f"{name:12}  slot {layer['slot']}: {layer['lastError'] or 'not known'}"
+    parts = [f"{_share(layer)} local", f"{layer['localFiles']} of {layer['files']} files"]
+    if layer["requests"] is None:
+        parts.append(f"shard {layer['shard']} does not answer")
+    else:
+        parts += [_fetched(layer), f"shard {layer['shard']}"]
+        if layer["lastReadSecondsAgo"] is not None:
+            parts.append(f"read {layer['lastReadSecondsAgo']:.0f} s ago")
+    if layer["errors"]:
+        parts.append(f"{layer['errors']} errors: {layer['lastError']}")
+    return f"{name:12}  {', '.join(parts)}"
+
+
+def _fetched(numbers: dict[str, Any]) -> str:
+    kinds = [f"{bytes_text(size)} {name}" for name, size in numbers["fetched"].items() if size]
+    of = f" ({', '.join(kinds)})" if kinds else ""
+    return f"{bytes_text(numbers['fetchedBytes'])}{of} fetched in {numbers['requests']} requests"
 
 
 def _share(numbers: dict[str, Any]) -> str:
