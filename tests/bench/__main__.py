@@ -23,12 +23,12 @@ from typing import NoReturn
 from fixtures.processes import FixtureError
 from fixtures.showcase import Interrupted, interrupt, workplace
 
-from . import files, memory, report, start, tree
+from . import files, known, memory, report, start, tree
 from .origin import NETWORKS, Network, Origin, origin
 from .plan import Measure, Run
 from .scene import LAZYSNAP, OVERLAYFS, Side, scene
 
-MEASURES = [*start.MEASURES, *tree.MEASURES, *files.MEASURES, *memory.MEASURES]
+MEASURES = [*start.MEASURES, *known.MEASURES, *tree.MEASURES, *files.MEASURES, *memory.MEASURES]
 _WORK = Path(__file__).resolve().parents[2] / ".work" / "bench"
 _SECONDS = 300
 """How long a run may take, the pull of the slowest side included."""
@@ -76,12 +76,13 @@ def _arguments() -> tuple[argparse.Namespace, list[Measure]]:
     parser.add_argument("--network", type=words, help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--side", type=words, help="only these snapshotters")
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=SOCKET",
-        help="another snapshotter that is running; may be given several times",
+        "--peer", action="append", default=[], metavar="NAME=PATH",
+        help="another snapshotter: a program to start, or the socket of one that is running; may "
+        "be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--peer-reset", default="", metavar="COMMAND",
-        help="shell command that makes the peers forget everything; run before each run",
+        help="shell command that makes running peers forget everything; run before each run",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write every run to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file, in Markdown")
@@ -111,7 +112,13 @@ def _sides(arguments: argparse.Namespace) -> list[Side]:
     sides = [Side(OVERLAYFS), Side(LAZYSNAP)]
     for peer in arguments.peer:
         name, _, address = peer.partition("=")
-        sides.append(Side(name, Path(address).resolve(), arguments.peer_reset))
+        path = Path(address).resolve()
+        if path.is_socket():
+            sides.append(Side(name, socket=path, reset=arguments.peer_reset))
+        elif os.access(path, os.X_OK) and path.is_file():
+            sides.append(Side(name, program=path))
+        else:
+            raise FixtureError(f"--peer {peer}: neither a program nor a socket")
     return sides
 
 
@@ -124,9 +131,17 @@ def _repeat(
     runs: list[Run],
 ) -> None:
     image = measure.image()
+    if measure.learn is not None and any(side.name == LAZYSNAP for side in sides):
+        try:
+            with _bounded(), scene(_WORK, server, Side(LAZYSNAP), NETWORKS["unlimited"]) as it:
+                measure.learn(it, image)
+        except (FixtureError, OSError, subprocess.SubprocessError) as problem:
+            runs.append(Run(measure.name, network.name, LAZYSNAP, {}, str(problem), 0.0))
+            _say(f"{measure.name} {network.name} learning: {problem}")
+            return
     for number in range(count):
         for side in sides:
-            if measure.lazy_only and side.name == OVERLAYFS:
+            if measure.skips(side):
                 continue
             load = os.getloadavg()[0]
             try:

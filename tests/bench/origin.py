@@ -132,6 +132,10 @@ class Origin:
         finally:
             os.kill(self._pid, signal.SIGCONT)
 
+    def blob(self, digest: str) -> bytes:
+        """A blob of an image that was pulled."""
+        return self._stored(digest).read_bytes()
+
     def _stored(self, digest: str) -> Path:
         return self._blobs / digest.removeprefix("sha256:")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fixtures.images.catalogue import Built
 
-from .scene import Scene
+from .scene import LAZYSNAP, OVERLAYFS, Scene, Side
 
 Values = dict[str, float]
 """What one run measured: by name with the unit in brackets, as "first output [s]"."""
@@ -25,6 +25,8 @@ class Measure:
         run: Measures, in a fresh scene.
         networks: Names of the networks over which it says something.
         lazy_only: Whether it has no meaning for overlayfs, which has everything after the pull.
+        learn: Done once before the runs, in a scene of its own with lazysnap, to know something.
+            Peers have no such thing and are not measured.
     """
 
     name: str
@@ -33,6 +35,13 @@ class Measure:
     run: Callable[[Scene, Built], Values]
     networks: tuple[str, ...] = ("unlimited",)
     lazy_only: bool = False
+    learn: Callable[[Scene, Built], None] | None = None
+
+    def skips(self, side: Side) -> bool:
+        """Whether a side is not measured."""
+        if side.name == OVERLAYFS:
+            return self.lazy_only
+        return self.learn is not None and side.name != LAZYSNAP
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 """One side of a comparison, cold: a fresh containerd, a fresh snapshotter, and an image to pull.
 
 All sides are treated alike; what differs between them stands in `Side`. Nothing of a scene is left
-when its block ends, except the state of a peer, which runs on its own: it is told to remove its
-images, and the command that resets it is run before the next scene.
+when its block ends, except the state of a peer that runs on its own: it is told to remove its images,
+and the command that resets it is run before the next scene.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -43,11 +44,14 @@ class Side:
 
     Attributes:
         name: The name under which containerd knows it.
-        socket: Of a peer that runs already; None for containerd's own and for lazysnap.
+        program: Of a peer that is started for each scene, as lazysnap is; it has to take
+            ``--address`` and ``--root``.
+        socket: Of a peer that runs already.
         reset: Shell command that makes a peer forget everything and leaves it serving.
     """
 
     name: str
+    program: Path | None = None
     socket: Path | None = None
     reset: str = ""
 
@@ -117,6 +121,20 @@ class Scene:
         with compare.root_file_system(self.client, self.side.name, chain, target) as root:
             yield root
 
+    def record(self, image: Built, command: Sequence[str]) -> bytes:
+        """Have lazysnap record what a pulled image reads while a command starts; the profile."""
+        reference = self.origin.reference(image, self.side.form, self.network)
+        profile = self.work / "profile.json"
+        places = ("--address", self.client.address, "--root", self.work / LAZYSNAP)
+        what = (reference, "--export", profile, "--plain-http")
+        run([sides.LAZYSNAP, "profile", *what, *places, "--", *command], timeout=300)
+        return profile.read_bytes()
+
+    def know(self, profile: bytes) -> None:
+        """Put a profile where lazysnap keeps those that it has learned."""
+        manifest = json.loads(profile)["manifest"].removeprefix("sha256:")
+        (self.work / LAZYSNAP / "profiles" / f"{manifest}.json").write_bytes(profile)
+
     def settle(self) -> None:
         """Wait until the snapshotter rests: what it fetches in the background is there then."""
         if self._address is None:
@@ -162,7 +180,7 @@ class Scene:
         options = ("--plain-http", "--snapshotter", self.side.name)
         if self.side.name == OVERLAYFS:
             return self.client.command("images", "pull", *options)
-        if self.side.socket is not None:
+        if self.side.name != LAZYSNAP:
             return self.client.command("images", "rpull", *options, client="ctr-remote")
         address = ("--address", os.fspath(self.client.address))
         return [os.fspath(sides.LAZYSNAP), "pull", *address, *options]
@@ -204,9 +222,9 @@ def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator
     try:
         with contextlib.ExitStack() as stack:
             address = side.socket
-            if side.name == LAZYSNAP:
+            if side.name == LAZYSNAP or side.program is not None:
                 address = work / "lazysnap.sock"
-                stack.enter_context(_lazysnap(work, address))
+                stack.enter_context(_snapshotter(work, address, side.program))
             elif side.reset:
                 run(["sh", "-c", side.reset], timeout=60)
             plugins = {} if address is None else {side.name: address}
@@ -226,9 +244,10 @@ def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator
 
 
 @contextlib.contextmanager
-def _lazysnap(work: Path, address: Path) -> Iterator[None]:
+def _snapshotter(work: Path, address: Path, program: Path | None) -> Iterator[None]:
     log = work / "lazysnap.log"
-    with daemon(sides.serve(work, address), log, lambda: address.exists() and accepts(address)):
+    command = sides.serve(work, address, program)
+    with daemon(command, log, lambda: address.exists() and accepts(address)):
         yield
 
 

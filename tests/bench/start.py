@@ -19,11 +19,12 @@ from .scene import Scene
 
 PY = ("python3", "-c", 'import numpy, pandas; print("ok")')
 _C = r"""printf '#include <stdio.h>\nint main(void) { puts("ok"); }\n' >/tmp/a.c"""
-_GCC = ("sh", "-c", f"{_C} && gcc -o /tmp/a /tmp/a.c && /tmp/a")
-_FORMS = ("plain", "esgz")
+GCC = ("sh", "-c", f"{_C} && gcc -o /tmp/a /tmp/a.c && /tmp/a")
+FORMS = ("plain", "esgz")
 
 
-def _start(scene: Scene, image: Built, command: tuple[str, ...]) -> Values:
+def start(scene: Scene, image: Built, command: tuple[str, ...]) -> Values:
+    """Pull and start, cold."""
     began = scene.pull(image)
     pulled = time.monotonic()
     output = scene.start(image, command, "ok")
@@ -51,13 +52,13 @@ def _second(scene: Scene, image: Built, command: tuple[str, ...]) -> Values:
 
 
 def _measures(name: str, repository: str, command: tuple[str, ...]) -> list[Measure]:
-    image = partial(catalogue.build, repository, _FORMS)
+    image = partial(catalogue.build, repository, FORMS)
     return [
         Measure(
             f"start-{name}",
             f"{name}: cold start",
             image,
-            partial(_start, command=command),
+            partial(start, command=command),
             tuple(NETWORKS),
         ),
         Measure(
@@ -66,4 +67,4 @@ def _measures(name: str, repository: str, command: tuple[str, ...]) -> list[Meas
     ]
 
 
-MEASURES = [*_measures("py", "py-full", PY), *_measures("gcc", "gcc", _GCC)]
+MEASURES = [*_measures("py", "py-full", PY), *_measures("gcc", "gcc", GCC)]
