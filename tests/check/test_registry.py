@@ -69,17 +69,12 @@ async def test_a_layer_that_the_registry_has_no_more(scene: Scene, server: Fault
     assert (found.level, "404" in found.summary) == (Level.WARNING, True)
 
 
-async def test_a_registry_that_is_away(
-    scene: Scene, server: FaultyRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_registry_that_is_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_PROBE_SECONDS", 0.2)
     for name in ("one", "two"):
         scene.lazy(name, f"127.0.0.1:9/r/{name}:1")  # the discard port: nobody listens
-    (found,) = await _found(scene, "registries")
-    assert (found.level, "127.0.0.1:9" in found.summary) == (Level.WARNING, True)
-    # the clock is asked of another one
-    server.faults.append(Headers({"Date": formatdate(0, usegmt=True)}, times=MANY))
-    assert len(await _found(scene, "clock")) == 1
+    found = [f for f in await _found(scene, "registries") if "127.0.0.1:9 " in f.summary]
+    assert [finding.level for finding in found] == [Level.WARNING]
 
 
 @pytest.mark.parametrize(
