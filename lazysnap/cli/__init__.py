@@ -22,6 +22,7 @@ _COMMANDS = {
     "cache": "Look at, check and empty the cache on disk.",
     "check": "Find what keeps lazysnap from working, and say what to do.",
     "config": "Show and check the configuration.",
+    "drain": "Fetch everything of lazy images, so that they need no network.",
     "profile": "Learn what an image reads while it starts.",
     "pull": "Pull an image into containerd without downloading lazy layers.",
     "serve": "Run the snapshotter.",

@@ -10,6 +10,7 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `detach(slots)` let go of slots whose records are gone
 - `health(slots)` whether each can be used, and why not
 - `status(slots)` numbers for people
+- `drain(slots)` fetch all of them now; may be called again
 - `metrics()` numbers for the daemon, see `reporting`
 - `record(slots, since)` begin to note what is read
 - `recorded(slots, since)` end it, and tell what was read
@@ -55,6 +56,7 @@ from lazysnap.reference import Reference
 from lazysnap.registry.blob import RemoteBlob
 from lazysnap.registry.client import Registry
 from lazysnap.shard import memory, reporting
+from lazysnap.shard.draining import Draining
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations, activity
@@ -100,6 +102,7 @@ class Worker:
         self.layers = MountedLayers(root, number, self._make_reader)
         self.scheduler = Scheduler(settings.limits)
         self.ahead = Ahead(self.scheduler, nursery, _quiet)
+        self.draining = Draining(self.layers, self.ahead)
         self.restarting = trio.CancelScope()
         self._registry = registry
         self._nursery = nursery
@@ -133,7 +136,7 @@ class Worker:
             *("ping", "attach", "detach", "health", "status", "metrics"),
             *("record", "recorded", "reload", "restart"),
         )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"drain": self.draining.drain}
 
     async def ping(self) -> dict[str, Any]:
         """Who serves this shard."""
@@ -213,6 +216,7 @@ class Worker:
                 self.ahead.drop(gone.reader.fetcher)
                 self._blobs.pop(gone.record.index, None)
                 self._health.forget(gone.record.index)
+                self.draining.forget(gone.record.index)
             if not reload:
                 pyfuse3.invalidate_entry_async(
                     pyfuse3.ROOT_INODE, b"%d" % slot, deleted=0, ignore_enoent=True
