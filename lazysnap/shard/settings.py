@@ -56,6 +56,32 @@ def _path(root: str) -> str:
     return os.path.join(root, "shards", "settings")
 
 
+def serves_xattrs(root: str, number: int) -> bool:
+    """Whether a shard serves extended attributes."""
+    return number >= FIRST_XATTR_SHARD or os.path.exists(_everywhere(root))
+
+
+def serve_xattrs_everywhere(root: str) -> None:
+    """From now on all shards of a root serve extended attributes, for good.
+
+    While the kernel serves trees it does not ask for them, so layers are on whichever shard; but
+    another day it may not be able to.
+
+    Raises:
+        Internal: the disk refuses.
+    """
+    try:
+        os.makedirs(os.path.dirname(_everywhere(root)), mode=0o711, exist_ok=True)
+        with open(_everywhere(root), "w"):
+            pass
+    except OSError as error:
+        raise Internal(f"cannot write {_everywhere(root)}: {error.strerror}") from error
+
+
+def _everywhere(root: str) -> str:
+    return os.path.join(root, "shards", "xattrs")
+
+
 def write_settings(root: str, settings: ShardSettings) -> None:
     """Store the settings for workers that start from now on.
 

@@ -60,7 +60,7 @@ from lazysnap.shard.draining import Draining
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations, activity
-from lazysnap.shard.settings import FIRST_XATTR_SHARD, ShardSettings, read_settings
+from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
 from lazysnap.shard.settling import Settling
 
 _log = log.get(__name__)
@@ -360,7 +360,7 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
     status = EXIT_RESTART
     async with Registry(settings.registry) as registry, trio.open_nursery() as nursery:
         worker = Worker(root, number, settings, registry, nursery)
-        xattrs = number >= FIRST_XATTR_SHARD
+        xattrs = serves_xattrs(root, number)
         Operations(worker.layers, root, xattrs=xattrs).install(target)
         socket_path = os.path.join(root, "shards", f"{number}.sock")
         await nursery.start(channel.serve, socket_path, worker.handlers())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -93,6 +94,7 @@ class ShardLayers:
         self._opaque_xattr = opaque_xattr
         self._warned: dict[int, float] = {}
         self._ahead: set[Digest] = set()
+        self._local: set[int] = set()  # slots of which the cache had everything when last asked
 
     async def prepare(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
@@ -118,8 +120,9 @@ class ShardLayers:
         if request.manifest_digest is not None:
             await self._finder.settled(request.manifest_digest, _PROFILE_SECONDS)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
-        shard = self._supervisor.choose(request.layer_digest, xattrs=merged.xattrs)
-        if merged.xattrs:
+        special = merged.xattrs and not self._showing.composing
+        shard = self._supervisor.choose(request.layer_digest, xattrs=special)
+        if special:
             await self._supervisor.ensure(shard)
         record = SlotRecord(
             slot=slot,
@@ -250,6 +253,8 @@ class ShardLayers:
         are: most starts read nothing at all from most layers.
         """
         states = {slot: found["state"] for slot, found in health.items()}
+        self._local -= states.keys()
+        self._local |= {slot for slot, state in states.items() if state == "local"}
         usable = any(state in _USABLE for state in states.values())
         now = trio.current_time()
         for attached in chain:
@@ -268,7 +273,9 @@ class ShardLayers:
 
     async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
         """The directories that overlay is to have; see `RemoteLayers`."""
-        return await trio.to_thread.run_sync(self._showing.lower, layers)
+        lazy = [layer.attachment for layer in layers if layer.attachment is not None]
+        local = all(attachment.slot in self._local for attachment in lazy)
+        return await trio.to_thread.run_sync(partial(self._showing.lower, layers, local=local))
 
     def starting(self, chain: Sequence[Attached]) -> None:
         """A container is about to start; see `RemoteLayers`."""
@@ -343,6 +350,7 @@ class ShardLayers:
         """Unmount and forget a layer; see `RemoteLayers`."""
         slot = attached.attachment.slot
         self._warned.pop(slot, None)
+        self._local.discard(slot)
         self._supervisor.note_gone(attached.attachment.shard, attached.attachment.layer_digest)
         try:
             await trio.to_thread.run_sync(self._showing.hide, slot, attached.mountpoint)

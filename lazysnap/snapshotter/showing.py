@@ -26,6 +26,7 @@ from lazysnap.errors import Internal, LazysnapError
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
 from lazysnap.mounts import MountPoint
+from lazysnap.shard.settings import serve_xattrs_everywhere
 from lazysnap.snapshotter.composing import merge_trees, mount_tree, why_not
 from lazysnap.snapshotter.remote import Attached, Lower
 from lazysnap.store.records import Attachment
@@ -50,6 +51,8 @@ class Showing:
         self.composing = not problem
         self._merged_root = os.path.join(supervisor.root, "merged")
         self._lock = threading.Lock()
+        if self.composing:
+            serve_xattrs_everywhere(supervisor.root)
         if kernel_trees and problem:
             _log.info("the kernel cannot serve trees, shards do", why=problem)
 
@@ -97,20 +100,26 @@ class Showing:
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
         return shard is not None and shard.device == there.device
 
-    def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
-        """The directories that overlay is to have; see `RemoteLayers`."""
+    def lower(self, layers: Sequence[Lower], *, local: bool) -> Sequence[str]:
+        """The directories that overlay is to have; see `RemoteLayers`.
+
+        Args:
+            layers: as there.
+            local: the cache has all of them. What overlay once found on a shard it goes on reading
+                from there, so from then on another mount is used, in which it finds objects only.
+        """
         directories = [layer.directory for layer in layers]
         if not self.composing:
             return directories
         first = next(i for i, layer in enumerate(layers) if layer.attachment is not None)
         try:
             with self._lock:
-                return [*directories[:first], self._merged(layers[first:])]
+                return [*directories[:first], self._merged(layers[first:], local)]
         except LazysnapError as error:
             _log.warning("shards serve the trees of an image", why=error)
             return [self._whole(layer) for layer in layers]
 
-    def _merged(self, layers: Sequence[Lower]) -> str:
+    def _merged(self, layers: Sequence[Lower], local: bool) -> str:
         """A directory that shows the uppermost layer, which is lazy, on all below it."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
         top = lazy[0].slot
@@ -119,6 +128,7 @@ class Showing:
         shards = [self._supervisor.mountpoint(n) for n in dict.fromkeys(a.shard for a in lazy)]
         # A shard that was mounted anew is another file system.
         source = "+".join(["lazysnap", *(devices.get(shard, "none") for shard in shards)])
+        source += "+local" * local
         target = os.path.join(self._merged_root, str(top))
         there = mounts.mounted_at(target, points)
         if there is not None:

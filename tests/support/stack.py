@@ -59,6 +59,10 @@ class Lazysnap:
         assert self._process is not None
         return self._process.pid
 
+    def configure(self, config: str) -> None:
+        """Give the next start another configuration."""
+        self._config.write_text(config)
+
     def start(self) -> None:
         """Start it and wait until its socket answers."""
         with self.log_path.open("ab") as log:

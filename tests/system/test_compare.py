@@ -76,10 +76,22 @@ class Peers:
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peers]:
-    work = tmp_path_factory.mktemp("c")
+    with _peers(tmp_path_factory.mktemp("c")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def peers_with_shards_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peers]:
+    """As on a kernel that cannot serve trees itself."""
+    with _peers(tmp_path_factory.mktemp("c"), "[lazy]\nkernel_trees = false\n") as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _peers(work: Path, config: str = "") -> Iterator[Peers]:
     storage = catalogue.DEFAULT_ROOT / "registry"
     storage.mkdir(parents=True, exist_ok=True)
-    lazysnap = Lazysnap(work)
+    lazysnap = Lazysnap(work, config)
     start = time.time_ns()
     with contextlib.ExitStack() as stack:
         stack.callback(unmount_below, work)
@@ -131,6 +143,12 @@ def _check(peers: Peers, name: str, repository: str, form: str) -> None:
 def test_odd_images_look_the_same(peers: Peers, name: str, form: str) -> None:
     image = odd.built(name, ["plain", form])
     _check(peers, name, image.repository, form)
+
+
+@pytest.mark.parametrize("name", ["whiteouts", "parents", "links", "devices", "names", "trusted"])
+def test_odd_images_look_the_same_from_shards(peers_with_shards_alone: Peers, name: str) -> None:
+    image = odd.built(name, ["plain", "esgz"])
+    _check(peers_with_shards_alone, name, image.repository, "esgz")
 
 
 def test_hundred_thousand_files_look_the_same(peers: Peers) -> None:
