@@ -42,6 +42,13 @@ class Snapshots(_Section, frozen=True):
         bool,
         Meta(description="wait at each commit of an unpacked layer until the disk has all of it"),
     ] = True
+    eager: Annotated[
+        Literal["containerd", "direct"],
+        Meta(
+            description="who unpacks what cannot be lazy: containerd; or the daemon itself, direct"
+            " from the registry"
+        ),
+    ] = "containerd"
 
 
 class Lazy(_Section, frozen=True):

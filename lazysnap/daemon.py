@@ -27,6 +27,7 @@ from lazysnap.layers.schedule import Limits
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, write_settings
+from lazysnap.snapshotter.direct import Streams
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.shard_layers import ShardLayers
@@ -34,6 +35,7 @@ from lazysnap.snapshotter.showing import Showing
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
+from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
 
@@ -136,6 +138,7 @@ async def _serve(
                 store,
                 settings=Settings(sync_on_commit=config.snapshots.sync_on_commit),
                 remote=layers if config.lazy.enabled else None,
+                streams=_streams(config, registry),
             )
             await snapshotter.start(nursery)
             nursery.start_soon(supervisor.watch)
@@ -156,6 +159,12 @@ async def _serve(
             if unmount_on_exit:
                 await _unmount(root, supervisor)
         store.close()
+
+
+def _streams(config: Config, registry: Registry) -> Streams | None:
+    if config.snapshots.eager == "containerd":
+        return None
+    return Streams(registry, Appliers(os.cpu_count() or 1))
 
 
 class Reload:

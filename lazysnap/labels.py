@@ -45,6 +45,9 @@ MEDIA_TYPE = "containerd.io/snapshot/lazysnap.media-type"
 REASON = "containerd.io/snapshot/lazysnap.reason"
 """Set by the snapshotter: why a layer is not lazy."""
 
+EAGER = "containerd.io/snapshot/lazysnap.eager"
+"""Set by the snapshotter: `direct` if it unpacks layers that are not lazy by itself."""
+
 ANNOTATION_PREFIX = "containerd.io/snapshot/lazysnap.annotation."
 """Before the short name of an annotation that containerd would not hand on by itself."""
 

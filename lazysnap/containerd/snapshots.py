@@ -17,7 +17,7 @@ from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.containerd.connection import Connection
 
 _SERVICE = "containerd.services.snapshots.v1.Snapshots"
-_PREPARE_SECONDS = 600.0  # a remote snapshotter talks to a registry meanwhile
+_PREPARE_SECONDS = 3600.0  # a remote snapshotter may get all of a layer meanwhile
 _COMMIT_SECONDS = 600.0  # may sync a filesystem
 
 Mounts = Sequence[Mount]

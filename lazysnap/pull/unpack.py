@@ -13,7 +13,7 @@ import base64
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -122,6 +122,11 @@ class Unpacker:
         self._labeller = labeller
         self._progress = progress
         self._results: list[LayerResult] = []
+        # whether the snapshotter gets layers by itself is known from its first answer
+        self._direct = False
+        self._answered = trio.Event()
+        if not self._lazy_possible:
+            self._answered.set()
 
     async def run(self) -> list[LayerResult]:
         """Bring all layers into snapshots.
@@ -135,13 +140,20 @@ class Unpacker:
         return self._results
 
     def _start_certain(self) -> None:
-        """Begin to download the layers that no answer of the snapshotter could make lazy."""
+        """Begin to download the layers that no answer of the snapshotter could make lazy.
+
+        They wait for its first answer, which may be that it unpacks such layers without us.
+        """
         for layer in self._layers:
             if not (self._lazy_possible and can_be_lazy(layer.blob)):
                 self._downloads.start(layer.number, layer.blob, self._absent(layer))
 
-    def _absent(self, layer: Layer) -> _Absent:
-        return _Absent(self._snapshots, layer.chain_id)
+    def _absent(self, layer: Layer) -> Callable[[], Awaitable[bool]]:
+        async def needed() -> bool:
+            await self._answered.wait()
+            return not self._direct and await _Absent(self._snapshots, layer.chain_id)()
+
+        return needed
 
     async def _layer(self, layer: Layer) -> LayerResult:
         self._progress.state(layer.number, LayerState.PREPARING)
@@ -179,6 +191,7 @@ class Unpacker:
             info = await self._snapshots.stat(layer.chain_id)
         except NotFound:
             return None  # removed in between: prepare it anew
+        self._note(info.labels)
         wanted = {other.blob.digest for other in self._layers[layer.number + 1 :]}
         if layer.blob.digest not in wanted:
             self._downloads.call_off(layer.blob.digest)
@@ -186,6 +199,7 @@ class Unpacker:
 
     async def _unpack(self, layer: Layer, key: str, mounts: Mounts) -> LayerResult:
         reason = await self._reason(key)
+        self._answered.set()
         _log.debug("layer is not lazy", layer=layer.blob.digest, reason=reason or "not told")
         await self._downloads.wait(layer.number, layer.blob)
         self._progress.state(layer.number, LayerState.UNPACKING)
@@ -207,7 +221,12 @@ class Unpacker:
         if not self._lazy_possible:
             return None
         info = await self._snapshots.stat(key)
+        self._note(info.labels)
         return info.labels.get(names.REASON)
+
+    def _note(self, labels: Mapping[str, str]) -> None:
+        self._direct = labels.get(names.EAGER) == "direct"
+        self._answered.set()
 
     def _result(self, layer: Layer, state: LayerState, reason: str | None = None) -> LayerResult:
         self._progress.state(layer.number, state)

@@ -18,11 +18,12 @@ import trio
 
 from lazysnap import filters, log, mounts, overlay
 from lazysnap.errors import FailedPrecondition, Internal
-from lazysnap.labels import REASON, REMOTE, SNAPSHOT_REF
+from lazysnap.labels import EAGER, REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
 from lazysnap.snapshotter import trees
+from lazysnap.snapshotter.direct import DirectLayers, Streams
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.lazy import LazySnapshots
@@ -56,6 +57,7 @@ class Snapshotter:
         store: the database of this root.
         settings: what can be configured.
         remote: mounts layers lazily; without it every snapshot is an ordinary one.
+        streams: unpacks layers that are not lazy; without it that is left to the client.
 
     Raises:
         ConfigError: the root cannot be used.
@@ -69,6 +71,7 @@ class Snapshotter:
         *,
         settings: Settings | None = None,
         remote: RemoteLayers | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self._dirs = Directories(root)
         self._store = store
@@ -78,6 +81,12 @@ class Snapshotter:
         self._in_turn = Turn()
         self._house = Housekeeping(self._dirs, store, self._in_turn)
         self._lazy = LazySnapshots(self._dirs, store, self._in_turn, self._house, remote)
+        self._direct = None
+        if streams is not None:
+            sync = self._settings.sync_on_commit
+            self._direct = DirectLayers(
+                self._dirs, store, self._in_turn, self._house, streams, sync=sync
+            )
         self._keys = KeyLocks()
 
     # -- life -------------------------------------------------------------------------------------
@@ -125,10 +134,16 @@ class Snapshotter:
         """
         async with self._keys.hold(key):
             # what only we may say
-            labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE)}
-            if self._lazy.enabled and SNAPSHOT_REF in labels:
+            labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE, EAGER)}
+            if SNAPSHOT_REF in labels and (self._lazy.enabled or self._direct is not None):
                 below = await self._below_new(key, parent)
-                reason = await self._lazy.prepare(parent, below, labels)
+                if self._direct is not None:
+                    labels[EAGER] = "direct"
+                reason = "lazy-off"
+                if self._lazy.enabled:
+                    reason = await self._lazy.prepare(parent, below, labels)
+                if self._direct is not None:
+                    await self._direct.prepare(parent, below, labels, reason)
                 _log.info(
                     "layer will be downloaded and unpacked",
                     remote_snapshot_prepared="false",

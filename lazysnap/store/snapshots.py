@@ -106,6 +106,31 @@ class SnapshotStore(SnapshotReader):
             self._attach(number, attachment)
             yield number
 
+    @contextmanager
+    def committing(
+        self,
+        name: str,
+        parent: str,
+        labels: Mapping[str, str],
+        usage: Usage,
+        *,
+        parent_id: int | None = None,
+    ) -> Iterator[int]:
+        """Make a committed snapshot of a finished directory; otherwise as `committing_remote`.
+
+        Args:
+            name: its name.
+            parent: a committed snapshot, or empty.
+            labels: all of its labels.
+            usage: what it takes.
+            parent_id: the number that the parent must have, if the caller has looked at it before.
+
+        Yields:
+            The number of the new snapshot. If the body fails, the number may be given out again.
+        """
+        with self._transaction():
+            yield self._insert(Kind.COMMITTED, name, (parent, parent_id), labels, usage)
+
     def commit(
         self,
         name: str,

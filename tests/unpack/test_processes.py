@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unpacking in a process: its answers, its end, and that none of it stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from lazysnap.errors import DigestMismatch, FormatError, Internal, RegistryUnreachable
+from lazysnap.unpack.process import Job
+from lazysnap.unpack.processes import Appliers
+from tests.support.odd import file
+from tests.unpack.corpus import compressed, digest, pack
+
+_SECONDS = 60
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), 100_000):
+        await trio.lowlevel.checkpoint()
+        yield data[start : start + 100_000]
+
+
+def _job(blob: bytes, target: Path, **more: object) -> Job:
+    target.mkdir(exist_ok=True)
+    return Job(target=str(target), size=len(blob), digest=str(digest(blob)), **more)  # type: ignore[arg-type]
+
+
+async def test_a_layer_is_unpacked(tmp_path: Path) -> None:
+    tar = pack([file("a/f", os.urandom(2 << 20), mode=0o666), file("g", b"x")])
+    blob = compressed(tar, "gzip")
+    answer = await Appliers(1).apply(_job(blob, tmp_path / "t"), _pieces(blob))
+    assert (answer.diff_id, answer.size, answer.entries) == (str(digest(tar)), len(tar), 2)
+    assert (tmp_path / "t/a/f").stat().st_mode & 0o777 == 0o666
+
+
+async def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
+    large = pack([file("f", os.urandom(8 << 20))])
+    with pytest.raises(FormatError, match="more than") as caught:
+        await Appliers(1).apply(_job(large, tmp_path / "t", most_bytes=1000), _pieces(large))
+    assert caught.value.reason == "too-big"
+    job = _job(large, tmp_path / "t")
+    job.digest = str(digest(b"another"))
+    with pytest.raises(DigestMismatch):
+        await Appliers(1).apply(job, _pieces(large))
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+async def test_a_registry_that_fails_on_the_way(tmp_path: Path) -> None:
+    blob = pack([file("f", os.urandom(1 << 20))])
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield blob[:500_000]
+        raise RegistryUnreachable("gone")
+
+    with pytest.raises(RegistryUnreachable):
+        await Appliers(1).apply(_job(blob, tmp_path / "t"), broken())
+
+
+async def test_an_early_end_is_no_end(tmp_path: Path) -> None:
+    blob = pack([file("f", b"x")])
+    cut = blob[:-512]  # a tar may end here; the blob does not
+
+    async def short() -> AsyncIterator[bytes]:
+        yield cut
+        await trio.sleep_forever()
+
+    with trio.move_on_after(1):
+        await Appliers(1).apply(_job(blob, tmp_path / "t"), short())
+        pytest.fail("an answer without all of the bytes")
+
+
+def _children() -> set[int]:
+    own = Path(f"/proc/self/task/{os.getpid()}/children")
+    return {int(each) for each in own.read_text().split()}
+
+
+async def _hanging() -> AsyncIterator[bytes]:
+    yield b"x"
+    await trio.sleep_forever()
+
+
+async def test_a_process_that_is_killed(tmp_path: Path) -> None:
+    before = _children()
+
+    async def kill() -> None:
+        while not (started := _children() - before):
+            await trio.sleep(0.01)
+        for pid in started:
+            os.kill(pid, signal.SIGKILL)
+
+    blob = pack([file("f", b"x")])
+    with trio.fail_after(_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            with pytest.raises((FormatError, Internal)):
+                await Appliers(1).apply(_job(blob, tmp_path / "t"), _hanging_after(blob))
+    assert _children() == before
+
+
+async def _hanging_after(blob: bytes) -> AsyncIterator[bytes]:
+    yield blob[:100]
+    await trio.sleep_forever()
+
+
+async def test_cancelling_ends_the_process(tmp_path: Path) -> None:
+    before = _children()
+    blob = pack([file("f", b"x")])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Appliers(1).apply, _job(blob, tmp_path / "t"), _hanging())
+        with trio.fail_after(_SECONDS):
+            while _children() == before:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert _children() == before
