@@ -9,7 +9,11 @@ has to go. At most one process of a cache evicts at a time: it holds a lock (flo
 Removing never breaks a reader: those who have a file open go on reading it, and its blocks are free
 when the last of them closes it (see `Contents.sweep`). All methods may be called from any thread.
 
-Invariant: what goes was used before what stays, to the hour, apart from what is used in that moment.
+What the kernel reads by itself has no time of last use but that of its first one. So whenever something
+goes, what would go next is put on probation (see `ObjectStore.put_on_probation`): who uses it then has to
+ask, and the next time only what nobody asked for goes.
+
+Invariant: what goes was used before what stays, to the hour, as far as uses are known.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from dataclasses import dataclass
 
 from lazysnap import log
 from lazysnap.cache import Cache
-from lazysnap.cache.inventory import Entry, entries, remove
+from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 
@@ -84,6 +88,10 @@ class Shortage:
 
     def __bool__(self) -> bool:
         return self.disk_bytes > 0 or self.inodes > 0
+
+    def doubled(self) -> Shortage:
+        """Twice as much."""
+        return Shortage(2 * self.disk_bytes, 2 * self.inodes)
 
     def met_by(self, disk_bytes: int, inodes: int) -> bool:
         """Whether removing so much is enough."""
@@ -274,7 +282,7 @@ class Evictor:
             return 0
         evicted = count = 0
         for _ in range(3):
-            total, oldest = self._oldest(shortage)
+            total, oldest = self._oldest(shortage.doubled())
             # The sum may have been wrong, and others have stored meanwhile.
             exact = shortage_of(total)
             removed, number = self._remove(oldest, exact)
@@ -317,7 +325,9 @@ class Evictor:
         disk_bytes = inodes = count = 0
         for entry in oldest:
             if shortage.met_by(disk_bytes, inodes):
-                break
+                if entry.kind is Kind.OBJECT:
+                    self.cache.objects.put_on_probation(entry.key)
+                continue
             remove(self.cache, entry)
             disk_bytes += entry.disk_bytes
             inodes += entry.inodes

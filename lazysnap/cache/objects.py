@@ -89,6 +89,8 @@ class ObjectStore:
             sealed = status.st_mtime_ns == stamps.seal_time(key)
             if status.st_size == size and (sealed or key in self._unsealed):
                 stamps.touch(fd, status)
+                if sealed and directory == self._incoming:
+                    self._sealed.add(key)  # it may have been on probation
                 return fd
             os.close(fd)
             if directory == self._directory and not sealed:
@@ -272,10 +274,14 @@ class ObjectStore:
 
     def withdraw(self, key: bytes) -> None:
         """Take an object out of the kernel's sight until the next call of `seal` that settles."""
+        self.put_on_probation(key)
+        self._sealed.add(key)
+
+    def put_on_probation(self, key: bytes) -> None:
+        """Take an object out of the kernel's sight until it is opened here."""
         name = self.name(key)
         with contextlib.suppress(OSError):
             os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
-            self._sealed.add(key)
 
     def recover(self) -> tuple[int, int]:
         """Put in order what earlier processes left, and what was done to it since.

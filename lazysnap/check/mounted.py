@@ -103,10 +103,13 @@ def _unknown(context: Context) -> list[MountPoint]:
     if known is None:
         return []  # it cannot be told
     places = {fs_path(snapshots, number) for number in known}
+    merged = context.below_root("merged")
+    slots = {f"{merged}/{attachment.slot}" for attachment in known.values()}
     return [
         point
         for point in points
         if (point.path.startswith(f"{snapshots}/") and point.path not in places)
+        or (point.path.startswith(f"{merged}/") and point.path not in slots)
         or (point.path.startswith(f"{shards}/") and not point.path[len(shards) + 1 :].isdecimal())
     ]
 

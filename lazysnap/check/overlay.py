@@ -62,10 +62,10 @@ async def opaque(context: Context) -> list[Finding]:
 
 
 async def data_only(context: Context) -> list[Finding]:
-    """Data-only lower layers came with Linux 6.5; without metacopy=on they work since 6.16."""
+    """Data-only lower layers came with Linux 6.5."""
     return _wanted(
         await tried(context, "data-only"),
-        "overlay cannot take a file's data from a data-only layer (Linux 6.16)",
+        "overlay cannot take a file's data from a data-only layer (Linux 6.5)",
     )
 
 
@@ -74,6 +74,14 @@ async def erofs(context: Context) -> list[Finding]:
     return _wanted(
         await tried(context, "erofs-file"),
         "EROFS images cannot be mounted from files (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE)",
+    )
+
+
+async def kernel_trees(context: Context) -> list[Finding]:
+    """All that serving trees by the kernel takes, at once; 6.8 for overlay's mount interface."""
+    return _wanted(
+        await tried(context, "kernel-trees"),
+        "the kernel cannot serve the trees of lazy layers (Linux 6.12)",
     )
 
 
@@ -114,5 +122,6 @@ PROBES = (
     Probe("overlay-opaque", "opaque directories stay where they are", opaque),
     Probe("overlay-data-only", "overlay has data-only layers", data_only),
     Probe("erofs-file", "EROFS images can be mounted from files", erofs),
+    Probe("kernel-trees", "the kernel can serve the trees of lazy layers", kernel_trees),
     Probe("overlay-options", "overlay's defaults fit", options),
 )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from lazysnap import mounts
 from lazysnap.errors import LazysnapError
+from lazysnap.snapshotter.composing import why_not
 
 # An EROFS image of one file, `file`, with the text "lazysnap":
 # mkfs.erofs -T0 -U 00000000-0000-0000-0000-000000000001 --all-root -x-1 IMAGE DIRECTORY (1.5)
@@ -67,7 +68,7 @@ def opaque_spreads(directory: str, attribute: str = OPAQUE) -> bool:
 
 
 def data_only(directory: str) -> bool:
-    """Whether a file's data can come from a data-only lower layer, without `metacopy=on`."""
+    """Whether a file's data can come from a data-only lower layer."""
     trees, data, merged = _directories(directory, "trees", "data", "merged")
     _write(f"{data}/content", _CONTENT)
     with open(f"{trees}/file", "wb") as file:
@@ -75,11 +76,10 @@ def data_only(directory: str) -> bool:
     os.setxattr(f"{trees}/file", "trusted.overlay.metacopy", b"")
     os.setxattr(f"{trees}/file", "trusted.overlay.redirect", b"/content")
     try:
-        mounts.mount(
-            "overlay", merged, "overlay", mounts.MS_RDONLY, data=f"lowerdir={trees}::{data}"
-        )
+        options = f"metacopy=on,lowerdir={trees}::{data}"
+        mounts.mount("overlay", merged, "overlay", mounts.MS_RDONLY, data=options)
         return _read(f"{merged}/file") == _CONTENT
-    except (LazysnapError, OSError):  # before 6.5 it does not mount, before 6.16 it does not open
+    except (LazysnapError, OSError):  # before 6.5 it does not mount
         return False
 
 
@@ -94,11 +94,17 @@ def erofs_file(directory: str) -> bool:
     return _read(f"{merged}/file") == _CONTENT
 
 
+def kernel_trees(directory: str) -> bool:
+    """Whether all of that works together, as it is used for lazy layers."""
+    return not why_not(directory)
+
+
 TRIALS: dict[str, Callable[[str], bool]] = {
     "overlay": overlay,
     "opaque-spreads": opaque_spreads,
     "data-only": data_only,
     "erofs-file": erofs_file,
+    "kernel-trees": kernel_trees,
 }
 
 

@@ -209,3 +209,32 @@ def test_with_nothing_to_evict_there_is_no_room(tmp_path: Path) -> None:
         _put(cache, 1, 1000)
         assert not evictor.make_room(4 * MIB)  # not looked again so soon
         assert len(list(entries(cache))) == 1
+
+
+def test_what_would_go_next_is_on_probation_until_it_is_used(cache: Cache) -> None:
+    """As when the kernel reads objects by itself, and no time of last use tells of it."""
+    keys = [_put(cache, n, MIB, age=7200 * (10 - n)) for n in range(10)]
+    for key in keys:
+        assert cache.objects.open(key, MIB) is not None  # sealed, and so moved by the next call
+    for n, key in enumerate(keys):
+        os.utime(
+            cache.objects.path(key), ns=(time.time_ns() - 7200 * 10**9 * (10 - n), seal_time(key))
+        )
+    cache.objects.seal()
+
+    def settled(key: bytes) -> bool:
+        return os.path.exists(os.path.join(cache.objects.root, cache.objects.name(key)))
+
+    assert all(settled(key) for key in keys)
+    Evictor(cache, _limit(9 * MIB)).look()
+    left = [key for key in keys if cache.objects.exists(key, MIB)]
+    assert left == keys[-len(left) :]
+    assert [settled(key) for key in left] == sorted(settled(key) for key in left)
+    assert not settled(left[0])
+    assert settled(left[-1])
+    assert cache.objects.open(left[0], MIB) is not None
+    cache.objects.seal()
+    assert settled(left[0])
+    Evictor(cache, _limit((len(left) - 1) * MIB)).look()
+    assert cache.objects.exists(left[0], MIB)
+    assert not cache.objects.exists(left[1], MIB)

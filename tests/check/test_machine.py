@@ -121,7 +121,7 @@ async def test_erofs_images_cannot_be_mounted_from_everywhere(tmp_path: Path) ->
         assert await _levels(tmp_path, "erofs-file") == [Level.INFO]
 
 
-@pytest.mark.parametrize("probe", ["erofs-file", "overlay-data-only"])
+@pytest.mark.parametrize("probe", ["erofs-file", "overlay-data-only", "kernel-trees"])
 async def test_what_only_new_kernels_can_is_no_trouble_without(tmp_path: Path, probe: str) -> None:
     assert await _levels(tmp_path, probe) in ([], [Level.INFO])
 

@@ -101,7 +101,14 @@ def test_a_healthy_stack(checked: Checked) -> None:
     assert checked.it.run(checked.reference, "echo", "works") == "works\n"
 
 
-_OF_THE_MACHINE = ("space", "kernel-release", "overlay-data-only", "erofs-file", "fuse-limits")
+_OF_THE_MACHINE = (
+    "space",
+    "kernel-release",
+    "overlay-data-only",
+    "erofs-file",
+    "kernel-trees",
+    "fuse-limits",
+)
 
 
 def test_without_a_daemon_and_containerd(checked: Checked) -> None:
