@@ -128,4 +128,4 @@ def test_a_tampered_chunk_is_an_error_and_not_wrong_bytes(it: Stack) -> None:
             path.write_bytes(blob)
     with pytest.raises(RuntimeError, match=r"I/O error|Input/output error"):
         it.run(reference, "cat", "/data/payload")
-    assert it.lazysnap.log().count("reading failed") == 1
+    assert "reading failed" in it.lazysnap.log()
