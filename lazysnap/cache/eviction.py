@@ -142,6 +142,7 @@ class Evictor:
         self.cache = cache
         self.apply(limits)
         self._usage = os.path.join(cache.root, "usage")
+        self._last = os.path.join(cache.root, "evicted")
         self._lock = threading.Lock()
         self._pending = 0
         self._hopeless_until = float("-inf")
@@ -183,6 +184,13 @@ class Evictor:
             # Storing will tell the operator what is wrong with the disk.
             _log.debug("cache cannot be looked after", error=error)
             return 0
+
+    def seconds_since_eviction(self) -> float:
+        """How long ago a process has evicted something; infinite if that is not known."""
+        try:
+            return max(time.time() - os.stat(self._last).st_mtime, 0.0)
+        except OSError:
+            return float("inf")
 
     def make_room(self, size: int) -> bool:
         """The disk has refused to take something: evict at once.
@@ -294,6 +302,8 @@ class Evictor:
                 break
             shortage = exact
         if count:
+            with contextlib.suppress(OSError), open(self._last, "w"):
+                pass  # its modification time tells all processes
             counts.add(families.EVICTED, amount=count)
             counts.add(families.EVICTED_BYTES, amount=evicted)
             _log.info("cache evicted", contents=count, bytes=evicted)

@@ -108,8 +108,7 @@ class Ahead:
     Args:
         scheduler: of the process; says how many requests are made at once.
         nursery: where they run.
-        quiet: waits, before each request of the background, until readers are quiet; it has to
-            return after a while all the same, so that the background gets on.
+        quiet: waits, before each request of the background, until it may be made.
     """
 
     def __init__(

@@ -58,17 +58,15 @@ from lazysnap.registry.client import Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.health import LayerHealth
+from lazysnap.shard.leisure import Leisure
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
-from lazysnap.shard.operations import Operations, activity
+from lazysnap.shard.operations import Operations
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
 from lazysnap.shard.settling import Settling
 
 _log = log.get(__name__)
 EXIT_UNMOUNTED = 0
 EXIT_RESTART = 75
-# The background waits for such a pause between requests of the kernel, but only so long.
-_QUIET_SECONDS = 0.5
-_QUIET_MOST_SECONDS = 3.0
 _DESCRIPTORS = 1 << 16
 # Longest wait, before a use, until all objects in the cache were looked at.
 _CHECKED_SECONDS = 2.0
@@ -101,7 +99,7 @@ class Worker:
         self.contents = Contents(self.cache, evictor=self.evictor)
         self.layers = MountedLayers(root, number, self._make_reader)
         self.scheduler = Scheduler(settings.limits)
-        self.ahead = Ahead(self.scheduler, nursery, _quiet)
+        self.ahead = Ahead(self.scheduler, nursery, Leisure(self.evictor).wait)
         self.draining = Draining(self.layers, self.ahead)
         self.restarting = trio.CancelScope()
         self._registry = registry
@@ -341,16 +339,6 @@ class Worker:
         loaded = (self.layers.get(slot) for slot in self.layers.slots_loaded())
         recorders = (layer.recorder for layer in loaded if layer is not None)
         return any(recorder is not None and recorder.worthwhile for recorder in recorders)
-
-
-async def _quiet() -> None:
-    """Wait until the kernel has asked for nothing for a moment, but not for ever.
-
-    Decompressing shares this process with all requests, also those that the cache answers.
-    """
-    with trio.move_on_after(_QUIET_MOST_SECONDS):
-        while time.monotonic() - activity.last < _QUIET_SECONDS:
-            await trio.sleep(_QUIET_SECONDS / 4)
 
 
 async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:

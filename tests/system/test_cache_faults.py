@@ -236,3 +236,30 @@ def test_a_pruned_cache_breaks_no_reader(scene: Scene) -> None:
     assert scene.health() == "reachable"
     assert scene.read() == scene.digest
     assert scene.all_is_up()
+
+
+def test_the_background_does_not_fetch_what_would_only_push_out_other_things(
+    tmp_path: Path,
+) -> None:
+    config = "[cache]\nsize_limit_bytes = 4_000_000\n[fetch]\nbackground_delay_seconds = 0.1\n"
+    with stack(tmp_path, config=config) as it:
+        files = [layers.file(f"big/{n}", os.urandom(700_000)) for n in range(24)]
+        it.pull(it.push("full", [layers.estargz([layers.directory("big"), *files])]))
+        wait_until(lambda: "nothing is fetched in the background" in it.lazysnap.log())
+
+        def fetched() -> int:
+            return sum(
+                layer["fetched_bytes"]
+                for shard in it.lazysnap.shards()
+                for layer in it.lazysnap.call(shard, "status")
+            )
+
+        seen = [fetched()]
+
+        def settled() -> bool:
+            time.sleep(1)
+            seen.append(fetched())
+            return seen[-1] == seen[-2]
+
+        wait_until(settled)  # what was under way has come
+        assert seen[-1] < 24 * 700_000
