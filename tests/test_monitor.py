@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -18,8 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lazysnap import monitor
 from lazysnap.errors import ConfigError
+from lazysnap.metrics.families import READS_HUNG, READS_IN_FLIGHT
+from lazysnap.registry.client import Registry
+from lazysnap.shard import reporting
+from lazysnap.shard.operations import activity
+from tests.support.outage import registry_stopped
 from tests.support.stack import Stack, stack, wait_until
 
+SECONDS = 60
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 QUIET = "[shards]\ncount = 1\n[fetch]\nbackground = false\nlearn_profiles = false\n"
 
@@ -135,6 +143,36 @@ def test_a_shard_that_hangs_does_not_hang_a_scrape(tmp_path: Path) -> None:
         it.lazysnap.stop()
         assert not address.exists()
         it.lazysnap.kill_shards()
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+@pytest.mark.containerd
+def test_a_read_that_waits_is_seen(tmp_path: Path) -> None:
+    address = tmp_path / "m.sock"
+    config = f'metrics_address = "unix:{address}"\n{QUIET}[registry]\nretry_seconds = 600\n'
+    with stack(tmp_path, config=f"{config}stall_seconds = 600\n") as it:
+        payload = os.urandom(200_000).hex().encode()
+        reference = it.push_busybox("waits", ["estargz"] * 3, payload=payload)
+        it.pull(reference)
+        (path,) = it.lazysnap.root.glob("shards/*/*/data/payload")
+        with registry_stopped(it):
+            assert _value(_scrape(address), "lazysnap_reads_in_flight") == 0
+            reader = subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE)
+            wait_until(lambda: _value(_scrape(address), "lazysnap_reads_in_flight") > 0, SECONDS)
+            assert _value(_scrape(address), "lazysnap_reads_hung") == 0
+        output, _ = reader.communicate(timeout=SECONDS)
+        assert output.split()[0].decode() == hashlib.sha256(payload).hexdigest()
+        wait_until(lambda: _value(_scrape(address), "lazysnap_reads_in_flight") == 0, SECONDS)
+
+
+async def test_a_read_hangs_after_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    waiting = {object(): now - 1, object(): now - 29, object(): now - 31}
+    monkeypatch.setattr(activity, "waiting", waiting)
+    async with Registry() as registry:
+        gauges = reporting.metrics(registry, now)["gauges"]
+    assert (gauges[READS_IN_FLIGHT], gauges[READS_HUNG]) == (3, 1)
 
 
 @pytest.mark.root

@@ -17,6 +17,8 @@ from lazysnap.cache import Cache, PartialFile
 from lazysnap.cache.eviction import CacheLimits, Evictor
 from lazysnap.cache.inventory import Kind, entries
 from lazysnap.cache.stamps import seal_time
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from tests.support.filesystems import tmpfs
 
 MIB = 1 << 20
@@ -50,12 +52,15 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_what_was_not_used_for_longest_goes(cache: Cache) -> None:
     keys = [_put(cache, n, MIB, age=3600 * (20 - n)) for n in range(20)]
+    contents, size = (counts.counter(each) for each in (families.EVICTED, families.EVICTED_BYTES))
+    before = [*contents, *size]
     evicted = Evictor(cache, _limit(10 * MIB)).look()
     left = [cache.objects.open(key, MIB) is not None for key in keys]
     assert left == sorted(left)
     # a tenth less than the limit, and no more than one object beyond
     assert 8 * MIB <= _disk_bytes(cache) <= 9 * MIB
     assert evicted == 20 * MIB - _disk_bytes(cache)
+    assert [*contents, *size] == [before[0] + left.count(False), before[1] + evicted]
     assert Evictor(cache, _limit(10 * MIB)).look() == 0
 
 

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from lazysnap.cli import main
+from tests.support.outage import registry_stopped
 from tests.support.stack import Stack, stack, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
@@ -56,22 +54,6 @@ def _complete(it: Stack) -> dict[str, bool]:
     return {layer["layer"]: layer["local_files"] == layer["files"] for layer in layers}
 
 
-@contextlib.contextmanager
-def _registry_stopped(it: Stack) -> Iterator[None]:
-    """Connections are neither answered nor refused."""
-    line = subprocess.run(
-        ["ss", "-Hltnp", f"sport = :{it.registry.port}"], capture_output=True, text=True, check=True
-    )
-    found = re.search(r"pid=(\d+)", line.stdout)
-    assert found is not None
-    pid = int(found[1])
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def test_what_was_drained_needs_no_registry(tmp_path: Path) -> None:
     with stack(tmp_path, config=CONFIG) as it:
         payload = os.urandom(800_000).hex().encode()
@@ -91,7 +73,7 @@ def test_what_was_drained_needs_no_registry(tmp_path: Path) -> None:
         assert all(_complete(it).values())
         it.start_daemon()
         subprocess.run(["sh", "-c", "sync; echo 1 >/proc/sys/vm/drop_caches"], check=True)
-        with _registry_stopped(it):
+        with registry_stopped(it):
             assert it.run(one, "cat", "/data/payload").encode() == payload
             assert it.run(other, "cat", "/data/payload") == "other" * 100_000
 
@@ -123,7 +105,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path) -> None:
         payload = os.urandom(800_000).hex().encode()
         reference = it.push_busybox("gone", ["estargz"] * 3, payload=payload)
         it.pull(reference)
-        with _registry_stopped(it):
+        with registry_stopped(it):
             result = _drain(it, "--patience", "15s", code=1)
             assert not result["complete"]
             missing = [layer for layer in result["layers"] if not layer["complete"]]

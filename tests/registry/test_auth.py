@@ -10,6 +10,8 @@ import pytest
 import trio
 
 from lazysnap.errors import RegistryError, RegistryUnreachable, Unauthorized
+from lazysnap.metrics import families
+from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
 from lazysnap.registry import Credential, Registry, RegistrySettings
 from lazysnap.registry.auth import Challenge, parse_challenges
@@ -67,6 +69,22 @@ def user(server: FaultyRegistry) -> Credential:
 async def read(registry: Registry, server: FaultyRegistry, image: Reference) -> None:
     blob = registry.blob(image, server.add_blob(b"x" * 1000))
     assert await blob.read(0, 10) == b"x" * 10
+
+
+async def test_logins_are_counted(server: FaultyRegistry, image: Reference) -> None:
+    def counted() -> list[float]:
+        return [counts.counter(families.RENEWALS, each)[0] for each in ("ok", "failed")]
+
+    server.auth = "bearer"
+    good, bad = counted()
+    async with client(server, user(server)) as registry:
+        await read(registry, server, image)
+        await read(registry, server, image)
+    assert counted() == [good + 1, bad]
+    async with client(server, Credential("me", "wrong-one")) as registry:
+        with pytest.raises(Unauthorized):
+            await read(registry, server, image)
+    assert counted() == [good + 1, bad + 1]
 
 
 async def test_basic(server: FaultyRegistry, image: Reference) -> None:
