@@ -139,7 +139,8 @@ def test_what_was_read_is_local(tmp_path: Path) -> None:
         assert shown["totals"]["localBytes"] >= len(payload)
         assert shown["totals"]["requests"] > 0
         assert shown["daemon"]["pid"] == it.lazysnap.pid
-        assert shown["network"]["receivedBytes"] >= shown["totals"]["fetchedBytes"] > 0
+        assert shown["totals"]["fetchedBytes"] > 0
+        assert shown["network"]["receivedBytes"] > 0
         assert shown["cache"]["bytes"] >= len(payload)
         text = _status(it)
         assert f"{reference}: 2 of 3 layers lazy, used by default/" in text
@@ -152,12 +153,14 @@ def _without_daemon_and_shards(it: Stack, before: dict[str, Any]) -> None:
     it.lazysnap.stop()
     stopped = _json(it)
     assert stopped["daemon"] == {"running": False}
-    keys = ("localBytes", "fetchedBytes", "bytes")
-    assert [stopped["totals"][key] for key in keys] == [before["totals"][key] for key in keys]
+    # Something may still have been on its way, ahead of a reader.
+    for key in ("localBytes", "fetchedBytes"):
+        assert stopped["totals"][key] >= before["totals"][key] > 0
+    assert stopped["totals"]["bytes"] == before["totals"]["bytes"]
     it.lazysnap.kill_shards()
     dead = _json(it, code=1)
     assert dead["shards"][0]["error"]
-    assert dead["totals"]["localBytes"] == before["totals"]["localBytes"]
+    assert dead["totals"]["localBytes"] >= stopped["totals"]["localBytes"]
     assert dead["images"][0]["layers"][0]["requests"] is None
     assert "shard 0 does not answer" in _status(it, code=1)
 
