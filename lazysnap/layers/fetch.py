@@ -79,6 +79,7 @@ class Fetcher:
     Attributes:
         host: as above.
         counters: what was fetched.
+        trace: of the layer.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Fetcher:
         self._scheduler = scheduler
         self._requests = Requests(index, source, contents, nursery, decoders, scheduler, host, name)
         self.counters = self._requests.counters
+        self.trace = self._requests.trace
         self._flights = self._requests.flights
         self._window = _WINDOW_LEAST
         self._sequential = False

@@ -120,11 +120,14 @@ class LayerReader:
             counts.add(families.READ_BYTES_MISSED, amount=size)
             self._missed(node)
         unstored: dict[int, bytes] = {}
-        for flight in flights:
-            await flight.landed.wait()
-            if flight.error is not None:
-                raise flight.error
-            unstored.update(flight.unstored)
+        # Only what is fetched ahead has its ticket before its turn.
+        ahead = any(flight.ticket is not None for flight in flights) if flights else None
+        with self.fetcher.trace.waiting(node, offset, size, ahead):
+            for flight in flights:
+                await flight.landed.wait()
+                if flight.error is not None:
+                    raise flight.error
+                unstored.update(flight.unstored)
         if unstored or not chunks:
             return self._assemble(unstored, node, file, offset, size)
         return None

@@ -28,6 +28,7 @@ from lazysnap.layers.decode import Decoded, Store, decode_members
 from lazysnap.layers.members import runs
 from lazysnap.layers.schedule import Priority, Scheduler, Ticket
 from lazysnap.layers.seeded import LocalBytes
+from lazysnap.layers.trace import Trace
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 
@@ -130,6 +131,7 @@ class Requests:
     Attributes:
         flights: all members that are on their way.
         counters: what was fetched.
+        trace: of the layer.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Requests:
         name: str,
     ) -> None:
         self.index = index
+        self.trace = Trace()
         self.counters = Counters()
         self.flights: dict[int, Flight] = {}
         self.host = host
@@ -225,6 +228,7 @@ class Requests:
         self.counters.requests += 1
         first = done = 0  # of `run`: the first that is not being decoded, and not received
         async with (
+            self.trace.request(run, start, ends[-1], ticket) as noted,
             self._source.read_stream(start, ends[-1] - start) as stream,
             trio.open_nursery() as decoding,
         ):
@@ -232,6 +236,7 @@ class Requests:
             async for data in stream:
                 received.add(data)
                 if not isinstance(data, LocalBytes):
+                    noted.received += len(data)
                     self.counters.bytes_fetched += len(data)
                     self.counters.bytes_by_class[ticket.priority] += len(data)
                     counts.add(families.FETCH_BYTES, ticket.priority.label, len(data))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import trio
 
 from lazysnap.cache import Cache
 from lazysnap.layers.local import local_share
+from lazysnap.layers.schedule import Scheduler
+from lazysnap.layers.trace import Told, forgotten
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample, counts
 from lazysnap.registry.client import Registry
@@ -92,6 +96,40 @@ async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> dict[st
         "last_error": counters.last_error,
         "last_read_seconds_ago": ago,
     }
+
+
+def trace(
+    layers: Iterable[tuple[int, MountedLayer | None]],
+    since: float,
+    started: float,
+    scheduler: Scheduler,
+) -> list[dict[str, Any]]:
+    """What was fetched for layers, and who waited, as `Told`.
+
+    Args:
+        layers: by slot; those that are not loaded had no events.
+        since: leave out what began before; as all times here, by time.monotonic().
+        started: when this process was.
+        scheduler: of the process.
+    """
+    now = time.monotonic()
+    found = []
+    for slot, layer in layers:
+        told = Told(slot=slot, started=started, now=now, forgotten=forgotten())
+        if layer is not None:
+            fetcher = layer.reader.fetcher
+            fetched, waited = fetcher.trace.events(since)
+            host = scheduler.host(fetcher.host)
+            told = msgspec.structs.replace(
+                told,
+                fetched=fetched,
+                waited=waited,
+                round_trip=host.round_trip,
+                bandwidth=host.bandwidth,
+                recording=layer.recorder is not None,
+            )
+        found.append(msgspec.to_builtins(told))
+    return found
 
 
 def _resident_bytes() -> int:

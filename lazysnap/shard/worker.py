@@ -14,6 +14,7 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `metrics()` numbers for the daemon, see `reporting`
 - `record(slots, since)` begin to note what is read
 - `recorded(slots, since)` end it, and tell what was read
+- `trace(slots, since)` what was fetched for them, and who waited, see `lazysnap.layers.trace`
 - `reload()` take up the settings that are on disk now
 - `restart()` end, so that the keeper starts a worker of the release that is on disk now
 """
@@ -132,7 +133,7 @@ class Worker:
         """The calls of the control socket."""
         names = (
             *("ping", "attach", "detach", "health", "status", "metrics"),
-            *("record", "recorded", "reload", "restart"),
+            *("record", "recorded", "trace", "reload", "restart"),
         )
         return {name: getattr(self, name) for name in names} | {"drain": self.draining.drain}
 
@@ -297,6 +298,11 @@ class Worker:
         if lost:
             raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")
         return found
+
+    async def trace(self, slots: Sequence[int], since: float = 0.0) -> list[dict[str, Any]]:
+        """What was fetched, and who waited, since a time by time.monotonic()."""
+        found = [(slot, self.layers.get(slot)) for slot in slots]
+        return reporting.trace(found, since, self._started, self.scheduler)
 
     async def reload(self) -> int:
         """Take up the settings that the daemon has written; our process id."""
