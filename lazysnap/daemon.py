@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,17 +11,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import sdnotify
 import trio
 
 import lazysnap
 from lazysnap import config as configuration
-from lazysnap import log, monitor, mounts, service
+from lazysnap import log, monitor, mounts, service, watchdog
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.config import Config
-from lazysnap.errors import ConfigError, LazysnapError
+from lazysnap.errors import ConfigError, LazysnapError, NotFound
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layers.schedule import Limits
@@ -40,13 +42,14 @@ from lazysnap.unpack.processes import Appliers
 _log = log.get(__name__)
 
 
-async def run(load: Callable[[], Config], *, unmount_on_exit: bool) -> None:
+async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice: str = "") -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         load: reads the configuration; called again at SIGHUP.
         unmount_on_exit: take down mounts and shards when stopping. Otherwise containers go on
             reading, and the next daemon finds everything as it is.
+        shard_slice: see `Supervisor`.
 
     Raises:
         ConfigError: another daemon uses the root or the socket, or they cannot be used.
@@ -74,7 +77,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool) -> None:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(stop)  # also while starting, which can take long
-                reload = await nursery.start(_serve, config, root, unmount_on_exit)
+                reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
                 sdnotify.SystemdNotifier().notify("READY=1")
                 async for _ in hangups:
                     await _reload(load, reload)
@@ -93,6 +96,7 @@ async def _serve(
     config: Config,
     root: str,
     unmount_on_exit: bool,
+    shard_slice: str,
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -103,6 +107,7 @@ async def _serve(
         config.shard_count(),
         max_background=config.shards.max_background,
         read_ahead_kib=config.shards.read_ahead_kib,
+        slice_name=shard_slice,
     )
     store = SnapshotStore(os.path.join(root, "metadata.db"))
     builders = Builders(os.cpu_count() or 1)
@@ -147,6 +152,7 @@ async def _serve(
             if config.metrics_address:
                 await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             await nursery.start(service.serve, snapshotter, config.address)
+            nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
             task_status.started(Reload(config, root, registry, supervisor))
             try:
@@ -159,6 +165,12 @@ async def _serve(
             if unmount_on_exit:
                 await _unmount(root, supervisor)
         store.close()
+
+
+async def _answers(snapshotter: Snapshotter) -> None:
+    """Return when the database has answered something."""
+    with contextlib.suppress(NotFound):
+        await snapshotter.stat("")
 
 
 def _streams(config: Config, registry: Registry) -> Streams | None:

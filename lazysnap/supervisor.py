@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -53,13 +54,22 @@ class Supervisor:
         count: how many shards new layers are spread over.
         max_background: FUSE requests that the kernel may have in flight.
         read_ahead_kib: how far the kernel reads ahead.
+        slice_name: of systemd. Keepers are started in scopes of it, so that nothing that is done to
+            the daemon's service is done to them. Empty: they stay in the daemon's control group.
     """
 
     def __init__(
-        self, root: str, count: int, *, max_background: int = 64, read_ahead_kib: int = 1024
+        self,
+        root: str,
+        count: int,
+        *,
+        max_background: int = 64,
+        read_ahead_kib: int = 1024,
+        slice_name: str = "",
     ) -> None:
         self.root = root
         self.count = count
+        self._slice = slice_name
         self._keeper_options = [
             f"--max-background={max_background}",
             f"--read-ahead-kib={read_ahead_kib}",
@@ -318,6 +328,8 @@ class Supervisor:
     async def _start_keeper(self, number: int) -> None:
         command = [sys.executable, "-P", "-m", "lazysnap.shard.keeper", "--root", self.root]
         command += ["--number", str(number), *self._keeper_options]
+        if self._slice:
+            command = _in_scope(command, number, self._slice)
         # Not trio's: the keeper is to live on when this process ends, and is never waited for.
         try:
             await trio.to_thread.run_sync(_spawn, command)
@@ -338,6 +350,16 @@ class Supervisor:
             hint="the log of the service has the keeper's messages; is /dev/fuse there?",
             reason="shard-down",
         )
+
+
+def _in_scope(command: list[str], number: int, slice_name: str) -> list[str]:
+    """The command line that runs a keeper in a scope (systemd.scope(5)) of its own.
+
+    The name is never used again, as a scope can outlive its keeper for a moment.
+    """
+    name = f"lazysnap-shard-{number}-{secrets.token_hex(4)}.scope"
+    scope = ["systemd-run", "--scope", "--collect", "--quiet"]
+    return [*scope, f"--unit={name}", f"--slice={slice_name}", "--", *command]
 
 
 def _spawn(command: list[str]) -> None:

@@ -22,12 +22,19 @@ from lazysnap import config, log
     is_flag=True,
     help="Take down all mounts when stopping. Containers that use them break.",
 )
+@click.option(
+    "--shard-slice",
+    default="",
+    metavar="SLICE",
+    help="Start shards in scopes of this systemd slice, apart from the daemon.",
+)
 def command(
     config_path: str | None,
     root: str | None,
     address: str | None,
     log_level: str | None,
     unmount_on_exit: bool,
+    shard_slice: str,
 ) -> None:
     """Serve snapshots to containerd until SIGTERM.
 
@@ -45,6 +52,6 @@ def command(
     from lazysnap import daemon  # after the options are known to be right: it loads grpc
 
     async def serve() -> None:
-        await daemon.run(load, unmount_on_exit=unmount_on_exit)
+        await daemon.run(load, unmount_on_exit=unmount_on_exit, shard_slice=shard_slice)
 
     trio.run(serve)
