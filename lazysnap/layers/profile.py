@@ -155,7 +155,7 @@ def plan(index: LayerIndex, reads: Sequence[Read]) -> Plan:
     first_need: dict[int, int] = {}
     # Joined again, so that a forged profile cannot name the same range a million times.
     for read in coalesce(reads):
-        for number in _members(index, read):
+        for number in members_of(index, read):
             first_need[number] = min(first_need.get(number, read.at_ms), read.at_ms)
     wanted: dict[int, float] = {}
     batch: list[int] = []
@@ -195,7 +195,8 @@ def _close(index: LayerIndex, batch: list[int], at: int, wanted: dict[int, float
         previous = number
 
 
-def _members(index: LayerIndex, read: Read) -> Iterable[int]:
+def members_of(index: LayerIndex, read: Read) -> Iterable[int]:
+    """The members that a read needs; none if there is no such file, or it has not so many bytes."""
     node = 0
     for name in read.path.encode().split(b"/"):
         node = index.lookup(node, name)
