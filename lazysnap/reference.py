@@ -6,6 +6,9 @@ short names are completed as docker, nerdctl and CRI do: no host means docker.io
 means `library/`, neither tag nor digest means `latest`. Does no I/O and knows nothing of mirrors.
 
 A `Reference` that exists is well-formed: every part matched its grammar.
+
+An image in an OCI layout on this machine has a reference, too: `oci:/DIRECTORY[:NAME]`, or
+`oci-archive:/FILE[:NAME]` for a tar of one, as skopeo writes them (containers-transports(5)).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, InvalidArgument
 
 DOCKER_HUB = "docker.io"
+LAYOUT = "oci:"
+ARCHIVE = "oci-archive:"
 
 _NAME_LIMIT = 255
 _TEXT_LIMIT = 4096
@@ -35,9 +40,12 @@ class Reference:
     """The name of an image in a registry.
 
     Attributes:
-        host: registry with its port if one was named; Docker Hub is always `docker.io`.
-        repository: path below the host, without tag and digest.
-        tag: at least one of `tag` and `digest` is set; when both are, the digest decides.
+        host: registry with its port if one was named; Docker Hub is always `docker.io`. `LAYOUT` or
+            `ARCHIVE` for images on this machine.
+        repository: path below the host, without tag and digest; of a local image, its absolute path
+            without the first slash.
+        tag: at least one of `tag` and `digest` is set, but for local images; when both are, the
+            digest decides.
         digest: digest of the manifest or index.
     """
 
@@ -55,6 +63,9 @@ class Reference:
         """
         if not text or len(text) > _TEXT_LIMIT:
             raise InvalidArgument("an image reference must have 1 to 4096 characters")
+        for kind in (LAYOUT, ARCHIVE):
+            if text.startswith(f"{kind}/"):
+                return _local(text, kind)
         if "://" in text:
             raise InvalidArgument(
                 f"image reference {text[:200]!r} has a scheme",
@@ -82,6 +93,16 @@ class Reference:
         return f"{self.host}/{self.repository}{tag}{digest}"
 
     @property
+    def is_local(self) -> bool:
+        """Whether it names an image on this machine."""
+        return self.host in (LAYOUT, ARCHIVE)
+
+    @property
+    def path(self) -> str:
+        """Where a local image is."""
+        return f"/{self.repository}"
+
+    @property
     def api_host(self) -> str:
         """The host that serves the registry API, which for docker.io has another name."""
         return "registry-1.docker.io" if self.host == DOCKER_HUB else self.host
@@ -107,6 +128,14 @@ class Reference:
 
     def __str__(self) -> str:
         return self.name
+
+
+def _local(text: str, kind: str) -> Reference:
+    """A colon ends the path, and the rest is the image's name in the layout, whatever it is."""
+    path, _, tag = text.removeprefix(kind).partition(":")
+    if not path.strip("/") or "\0" in text:
+        raise _invalid(text, "it names no file or directory")
+    return Reference(kind, path[1:], tag or None)
 
 
 def _split(text: str, name: str) -> tuple[str, str]:

@@ -190,7 +190,7 @@ class Opener:
         )
 
     async def _build(self, source: LayerSource, name: str) -> int:
-        blob = self._registry.blob(source.reference, source.digest, source.size)
+        blob = self._registry.source(source.reference, source.digest, source.size)
         length = _TAIL_UNKNOWN
         if source.size is not None:
             length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)

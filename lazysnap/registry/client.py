@@ -8,22 +8,25 @@ digest, except what was asked for by tag; streams and ranges are checked by thei
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import trio
 
 from lazysnap import log, oci
 from lazysnap.digest import Digest
-from lazysnap.errors import FormatError, LazysnapError, RegistryNotFound
+from lazysnap.errors import FormatError, InvalidArgument, LazysnapError, RegistryNotFound
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import Authenticator
-from lazysnap.registry.blob import RemoteBlob
+from lazysnap.registry.blob import RemoteBlob, Tail
 from lazysnap.registry.credentials import CredentialSource, DockerConfig
 from lazysnap.registry.exchange import Call, Exchange
 from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
-from lazysnap.registry.stream import RangeReader
+from lazysnap.registry.local import Layout, LocalBlob
 from lazysnap.registry.transport import Answer, Statistics, Transport
 
 _log = log.get(__name__)
@@ -59,6 +62,45 @@ class Image:
     config_bytes: bytes
 
 
+Stream = AbstractAsyncContextManager[AsyncIterator[bytes]]
+
+
+class Blob(Protocol):
+    """A blob that is read in parts: `RemoteBlob` of a registry, `LocalBlob` of a layout."""
+
+    digest: Digest
+
+    @property
+    def size(self) -> int | None:
+        """Size in bytes; None until it was given or learned."""
+
+    @property
+    def last_success(self) -> float | None:
+        """When bytes last arrived, by time.monotonic(); None if never."""
+
+    def note_success(self) -> None:
+        """Remember that bytes can be had."""
+
+    async def tail(self, length: int) -> Tail:
+        """The last `length` bytes, and the size."""
+        ...
+
+    async def read(self, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from offset `start`."""
+        ...
+
+    def read_stream(self, start: int, length: int) -> Stream:
+        """Exactly `length` bytes from offset `start`, in pieces as they arrive."""
+        ...
+
+    def whole_stream(self, start: int = 0) -> Stream:
+        """All bytes from offset `start`."""
+        ...
+
+    async def probe(self, seconds: float | None = None) -> None:
+        """Check that bytes can be had."""
+
+
 class Registry:
     """A client for all registries; an async context manager, used from one trio run.
 
@@ -84,6 +126,7 @@ class Registry:
         self._transport = Transport(settings)
         authenticator = Authenticator(self._transport, credentials)
         self.exchange = Exchange(settings, self._transport, authenticator, self._hosts)
+        self._layouts: dict[Reference, Layout] = {}
         self._tag_locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
     async def __aenter__(self) -> Registry:
@@ -132,6 +175,9 @@ class Registry:
             DigestMismatch: it is not what the digest promises.
             RegistryError: or another of its kinds.
         """
+        if reference.is_local:
+            layout = self._layout(reference)
+            return await trio.to_thread.run_sync(layout.manifest, reference.tag, digest)
         digest = digest or reference.digest
         target = digest or reference.tag or "latest"
         what = f"manifest {reference.repository}{'@' if digest else ':'}{target}"
@@ -208,7 +254,7 @@ class Registry:
 
     def stream_blob(
         self, reference: Reference, digest: Digest, size: int, start: int = 0
-    ) -> RangeReader:
+    ) -> Stream:
         """All bytes of a blob from offset `start`; what is received is not checked.
 
         Continues after a broken connection where it stopped, and works with servers that do not
@@ -217,7 +263,22 @@ class Registry:
         Returns:
             An async context manager that is its own async iterator of bytes.
         """
-        return self.blob(reference, digest, size).whole_stream(start)
+        return self.source(reference, digest, size).whole_stream(start)
+
+    def source(self, reference: Reference, digest: Digest, size: int | None = None) -> Blob:
+        """A blob to be read in parts, wherever its image is.
+
+        Raises:
+            InvalidArgument: the image is local, and the settings do not allow that.
+        """
+        if reference.is_local:
+            return LocalBlob(self._layout(reference), digest, size)
+        return self.blob(reference, digest, size)
+
+    def _layout(self, reference: Reference) -> Layout:
+        if not self.exchange.settings.local_layouts:
+            raise InvalidArgument(f"{reference} is not in a registry")
+        return self._layouts.setdefault(reference, Layout(reference))
 
     def blob(self, reference: Reference, digest: Digest, size: int | None = None) -> RemoteBlob:
         """A blob to be read in parts; keep it, as it remembers where it is served from."""

@@ -92,6 +92,8 @@ class RegistrySettings:
         max_connections: open connections per TLS setting, over all hosts.
         keep_alive_seconds: how long an unused connection is kept.
         helper_seconds: longest run of a credential helper program.
+        local_layouts: read images in OCI layouts on this machine, which a client of the daemon must
+            not have it do.
     """
 
     plain_http_hosts: frozenset[str] = frozenset()
@@ -102,6 +104,7 @@ class RegistrySettings:
     max_connections: int = 128
     keep_alive_seconds: float = 30.0
     helper_seconds: float = 10.0
+    local_layouts: bool = False
 
 
 @dataclass

@@ -14,7 +14,7 @@ import trio
 from lazysnap.cache import Cache
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.local import is_complete, is_empty
-from lazysnap.registry.blob import RemoteBlob
+from lazysnap.registry.client import Blob
 from lazysnap.shard.mounted import MountedLayer
 from lazysnap.shard.settings import ShardSettings
 
@@ -41,7 +41,7 @@ class LayerHealth:
         self._complete.pop(name, None)
         self._probe_failed.pop(name, None)
 
-    async def look(self, layer: MountedLayer, blob: RemoteBlob) -> tuple[str, str]:
+    async def look(self, layer: MountedLayer, blob: Blob) -> tuple[str, str]:
         """State and detail of a layer.
 
         `local`: all content is in the cache; `reachable`: the rest can be fetched; `degraded`: the
@@ -69,7 +69,7 @@ class LayerHealth:
             return "unreachable", f"nothing of the layer is local, and {problem}"
         return "degraded", problem
 
-    async def _probe(self, name: str, blob: RemoteBlob) -> str:
+    async def _probe(self, name: str, blob: Blob) -> str:
         """Why bytes of a layer cannot be had now; empty if they can."""
         when, problem = self._probe_failed.get(name, (0.0, ""))
         if problem and time.monotonic() - when < _PROBE_FAILED_SECONDS:

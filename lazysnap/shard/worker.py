@@ -54,8 +54,7 @@ from lazysnap.layers.seeded import SeededSource
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.upkeep import keep_within_limits
 from lazysnap.reference import Reference
-from lazysnap.registry.blob import RemoteBlob
-from lazysnap.registry.client import Registry
+from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.health import LayerHealth
@@ -106,7 +105,7 @@ class Worker:
         self._registry = registry
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
-        self._blobs: dict[str, RemoteBlob] = {}
+        self._blobs: dict[str, Blob] = {}
         self._health = LayerHealth(self.cache, settings)
         self.settling = Settling(self.contents, settings.seal_seconds, self._start_is_watched)
         self._started = time.monotonic()
@@ -114,7 +113,7 @@ class Worker:
     def _make_reader(self, record: SlotRecord, index: LayerIndex) -> LayerReader:
         reference = Reference.parse(record.reference)
         digest = Digest.parse(record.layer_digest)
-        blob = self._registry.blob(reference, digest, record.blob_size)
+        blob = self._registry.source(reference, digest, record.blob_size)
         self._blobs[record.index] = blob
         fetcher = Fetcher(
             index,
