@@ -18,7 +18,7 @@ import trio
 
 import lazysnap
 from lazysnap import config as configuration
-from lazysnap import log, monitor, mounts, service, watchdog
+from lazysnap import log, monitor, mounts, service, tracing, watchdog
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.config import Config
@@ -58,6 +58,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     config = load()
     # What the kernel says of mounts is compared with paths, so there must be no links in them.
     root = os.path.realpath(config.root)
+    tracing.setup()
     os.umask(0o022)  # directories of snapshots become "/" of containers
     lock = _lock_root(root)
     try:
@@ -89,6 +90,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
             raise error from group  # the command line knows what to say of it
         raise
     finally:
+        tracing.end()
         os.close(lock)
 
 

@@ -24,7 +24,7 @@ import grpc
 import trio
 from google.protobuf.empty_pb2 import Empty
 
-from lazysnap import filters, log
+from lazysnap import filters, log, tracing
 from lazysnap.containerd._pb import snapshots_pb2 as pb
 from lazysnap.containerd._pb import snapshots_pb2_grpc as pb_grpc
 from lazysnap.containerd._pb.types.mount_pb2 import Mount as MountMessage
@@ -192,7 +192,7 @@ class _Calls:
             context.abort(grpc.StatusCode.CANCELLED, "the client has gone away")
         name = function.__name__
         try:
-            with counts.timing(families.GRPC_SECONDS, name):
+            with tracing.span(name), counts.timing(families.GRPC_SECONDS, name):
                 return trio.from_thread.run(
                     self._run, scope, function, args, trio_token=self._token
                 )

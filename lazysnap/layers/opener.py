@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from lazysnap import log, oci
+from lazysnap import log, oci, tracing
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
@@ -146,7 +146,8 @@ class Opener:
             size = await trio.to_thread.run_sync(_known, self._path(name))
             if size is None:
                 async with self._limit:
-                    size = await self._build(source, name)
+                    with tracing.span("open layer", layer=source.digest):
+                        size = await self._build(source, name)
                 if len(self._fetched) >= _REMEMBERED:
                     self._fetched.clear()
                 self._fetched[name] = time.monotonic()

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import trio
 
-from lazysnap import log
+from lazysnap import log, tracing
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.contents import Contents, Parts, store_chunk
@@ -177,7 +177,8 @@ class Requests:
         error: LazysnapError = Internal("fetching was stopped")
         began = time.monotonic()
         try:
-            wrong = await self._request(list(flights), flights, ticket)
+            with tracing.span("fetch", layer=self._name, members=len(flights)):
+                wrong = await self._request(list(flights), flights, ticket)
             if wrong:
                 # They may come from a proxy's cache or a broken connection: ask once more.
                 why = next(iter(wrong.values()))

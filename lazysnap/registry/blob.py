@@ -15,6 +15,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 
+from lazysnap import tracing
 from lazysnap.digest import Digest
 from lazysnap.errors import InvalidArgument, RangesUnsupported, RegistryError
 from lazysnap.reference import Reference
@@ -166,6 +167,12 @@ class RemoteBlob:
         self, range_value: str | None, backoff: Backoff, accept: frozenset[int] = _RANGE_STATUSES
     ) -> Answer:
         """Ask for a range, from where the last answer came from if that is elsewhere."""
+        with tracing.span("blob request", layer=self.digest, range=range_value or "all"):
+            return await self._request(range_value, backoff, accept)
+
+    async def _request(
+        self, range_value: str | None, backoff: Backoff, accept: frozenset[int]
+    ) -> Answer:
         headers = {"Range": range_value} if range_value else {}
         call = replace(self._call, headers=headers, accept=accept)
         target = self._target

@@ -34,7 +34,7 @@ import pyfuse3
 import trio
 
 import lazysnap
-from lazysnap import channel, log
+from lazysnap import channel, log, tracing
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
 from lazysnap.digest import Digest
@@ -388,5 +388,7 @@ def run(target: pyfuse3.Operations, root: str, number: int) -> int:
         The exit status that the keeper understands.
     """
     _raise_descriptor_limit()
+    tracing.setup()
     status: int = trio.run(_main, target, root, number)
+    tracing.end()
     return status
