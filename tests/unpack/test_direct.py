@@ -16,6 +16,7 @@ import zstandard
 
 from tests.support import images, layers, tree
 from tests.support.stack import SNAPSHOTTER, Stack, stack, wait_until
+from tests.support.views import make_view
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
@@ -79,11 +80,12 @@ def test_the_tree_is_that_of_overlayfs(it: Stack, tmp_path: Path) -> None:
         (top,) = _tops(it, snapshotter)
         target = tmp_path / f"m-{snapshotter}"
         target.mkdir()
-        view = it.containerd.ctr(
-            *("snapshots", "--snapshotter", snapshotter, "view", "--target", str(target)),
-            *(f"view-{snapshotter}", top),
+        key = f"view-{snapshotter}"
+        make_view(it.containerd.address, snapshotter, key, top)
+        mount = it.containerd.ctr(
+            "snapshots", "--snapshotter", snapshotter, "mounts", str(target), key
         )
-        assert os.system(view) == 0
+        assert os.system(mount) == 0
         found.append(tree.read_tree(str(target)))
         assert os.system(f"umount {target}") == 0
     found_root = [each.pop(b".") for each in found]
