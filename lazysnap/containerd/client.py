@@ -130,6 +130,11 @@ class Containerd:
         return self._connection.namespace
 
     @property
+    def address(self) -> str:
+        """Path of containerd's socket."""
+        return self._connection.address
+
+    @property
     def content(self) -> Content:
         """The content store."""
         return Content(self._connection)

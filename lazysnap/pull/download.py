@@ -21,6 +21,7 @@ from lazysnap.containerd.content import CHUNK, Content, Writer
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, LazysnapError
 from lazysnap.oci import Descriptor
+from lazysnap.pull.local import Tap
 from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerState, Progress
 from lazysnap.reference import Reference
@@ -40,6 +41,8 @@ class _Download:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     done: trio.Event = field(default_factory=trio.Event)
     stored: bool = False
+    started: bool = False
+    tap: Tap | None = None
     error: LazysnapError | None = None
 
 
@@ -102,6 +105,18 @@ class Downloads:
             self._workers += 1
             self._nursery.start_soon(self._work)
 
+    def tap(self, layer: int, descriptor: Descriptor) -> Tap | None:
+        """The bytes of a download that has not begun; None if it has.
+
+        The download waits for whoever has the tap, until that is stopped.
+        """
+        self.start(layer, descriptor)
+        download = self._downloads[descriptor.digest]
+        if download.started or download.done.is_set() or download.tap is not None:
+            return None
+        download.tap = Tap()
+        return download.tap
+
     async def wait(self, layer: int, descriptor: Descriptor) -> None:
         """Return when a layer is in the content store; starts its download if need be.
 
@@ -134,16 +149,21 @@ class Downloads:
                 _log.debug("download failed", layer=digest, error=error)
                 download.error = error
             finally:
+                if download.tap is not None:
+                    download.tap.end()
                 download.done.set()
         self._workers -= 1
 
     async def _run(self, download: _Download) -> None:
         if download.wanted is not None and not await download.wanted():
             return
+        download.started = True
         resumed = await self._fetch(download, fresh=False)
         if resumed is not None:
             # What an earlier pull left behind was at fault, or the registry: a try from 0 tells.
             _log.warning("begin a download again", layer=download.descriptor.digest, error=resumed)
+            if download.tap is not None:
+                download.tap.end()
             await self._fetch(download, fresh=True)
         download.stored = True
 
@@ -175,11 +195,15 @@ class Downloads:
         if writer.offset == blob.size:
             return
         pending = bytearray()
+        # One that is resumed is of no use to whoever unpacks it from its beginning.
+        tap = download.tap if writer.offset == 0 else None
         async with self._registry.stream_blob(
             self._reference, blob.digest, blob.size, writer.offset
         ) as stream:
             async for piece in stream:
                 self.bytes_received += len(piece)
+                if tap is not None:
+                    await tap.give(piece)
                 pending += piece
                 if len(pending) >= CHUNK:
                     await self._flush(download, writer, pending)

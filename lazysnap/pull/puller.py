@@ -79,7 +79,7 @@ async def _layers(
         downloads = Downloads(
             nursery, containerd.content, registry, image.reference, labeller, progress
         )
-        unpacker = Unpacker(containerd, snapshotter, layers, downloads, labeller, progress)
+        unpacker = Unpacker(containerd, snapshotter, layers, downloads, labeller, progress, nursery)
         try:
             results = await unpacker.run()
         except LazysnapError as error:

@@ -33,9 +33,11 @@ from lazysnap.errors import (
     Unavailable,
 )
 from lazysnap.pull.download import Downloads
+from lazysnap.pull.local import LocalLayer, job_for
 from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerResult, LayerState, Progress
 from lazysnap.registry.client import Image
+from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
 
@@ -103,6 +105,7 @@ class Unpacker:
         downloads: fetches what is not lazy.
         labeller: for the image's reference.
         progress: told about each layer.
+        nursery: where layers are unpacked here.
     """
 
     def __init__(
@@ -113,7 +116,10 @@ class Unpacker:
         downloads: Downloads,
         labeller: Labeller,
         progress: Progress,
+        nursery: trio.Nursery,
     ) -> None:
+        self._nursery = nursery
+        self._appliers = Appliers(1)
         self._containerd = containerd
         self._snapshots: Snapshots = containerd.snapshots(snapshotter)
         self._lazy_possible = snapshotter not in _BUILTIN
@@ -125,8 +131,6 @@ class Unpacker:
         # whether the snapshotter gets layers by itself is known from its first answer
         self._direct = False
         self._answered = trio.Event()
-        if not self._lazy_possible:
-            self._answered.set()
 
     async def run(self) -> list[LayerResult]:
         """Bring all layers into snapshots.
@@ -197,13 +201,23 @@ class Unpacker:
             self._downloads.call_off(layer.blob.digest)
         return LayerState.LAZY if names.REMOTE in info.labels else LayerState.PRESENT
 
-    async def _unpack(self, layer: Layer, key: str, mounts: Mounts) -> LayerResult:
-        reason = await self._reason(key)
-        self._answered.set()
-        _log.debug("layer is not lazy", layer=layer.blob.digest, reason=reason or "not told")
-        await self._downloads.wait(layer.number, layer.blob)
-        self._progress.state(layer.number, LayerState.UNPACKING)
-        diff_id = await self._containerd.apply(layer.blob, mounts)
+    async def _unpack(self, layer: Layer, key: str, mounts: Mounts) -> LayerResult | None:
+        local = await self._begin_here(layer, mounts)
+        try:
+            reason = await self._reason(key)
+            self._answered.set()
+            _log.debug("layer is not lazy", layer=layer.blob.digest, reason=reason or "not told")
+            await self._downloads.wait(layer.number, layer.blob)
+            self._progress.state(layer.number, LayerState.UNPACKING)
+            diff_id = None if local is None else await local.result()
+        finally:
+            if local is not None:
+                await local.cancel()
+        if diff_id is None:
+            if local is not None and await trio.to_thread.run_sync(local.spoiled):
+                await self._remove(key)
+                return None  # the next snapshot is filled by the diff service alone
+            diff_id = await self._containerd.apply(layer.blob, mounts)
         if diff_id != layer.diff_id:
             raise DigestMismatch(
                 f"layer {layer.blob.digest} unpacks to {diff_id}, the image's configuration says"
@@ -216,6 +230,17 @@ class Unpacker:
             await self._remove(key)
         await self._labeller.uncompressed(layer.blob.digest, layer.diff_id)
         return self._result(layer, LayerState.UNPACKED, reason)
+
+    async def _begin_here(self, layer: Layer, mounts: Mounts) -> LocalLayer | None:
+        """Unpack a layer while it is downloaded, if we can and its download has not begun."""
+        address = self._containerd.address
+        job = await trio.to_thread.run_sync(job_for, layer.blob, mounts, address)
+        tap = None if job is None else self._downloads.tap(layer.number, layer.blob)
+        if job is None or tap is None:
+            return None
+        local = LocalLayer(layer.blob, job, tap, self._appliers)
+        self._nursery.start_soon(local.run)
+        return local
 
     async def _reason(self, key: str) -> str | None:
         if not self._lazy_possible:

@@ -101,6 +101,7 @@ async def _ask(process: trio.Process, job: Job, blob: AsyncIterable[bytes]) -> A
             await process.stdin.send_all(LENGTH.pack(len(packed)) + packed)
             async for piece in blob:
                 await process.stdin.send_all(piece)
+            await process.stdin.aclose()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the answer says why
         except errors.LazysnapError as error:
@@ -112,14 +113,18 @@ async def _ask(process: trio.Process, job: Job, blob: AsyncIterable[bytes]) -> A
 
 
 async def _receive(stream: trio.abc.ReceiveStream) -> Answer | None:
+    """All that a process says; None if that is no answer."""
     data = bytearray()
     try:
         async for piece in stream:
             data += piece
             if len(data) > _MOST_ANSWER:
-                raise Internal("a process that unpacks a layer says too much")
+                return None
     except trio.BrokenResourceError:
         return None
     if len(data) < LENGTH.size or len(data) != LENGTH.size + LENGTH.unpack_from(data)[0]:
         return None
-    return msgspec.msgpack.decode(data[LENGTH.size :], type=Answer)
+    try:
+        return msgspec.msgpack.decode(data[LENGTH.size :], type=Answer)
+    except msgspec.MsgspecError:
+        return None
