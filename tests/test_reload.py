@@ -39,7 +39,7 @@ def _layers(it: Stack) -> list[dict[str, Any]]:
 def _cached(it: Stack) -> int:
     cache = it.lazysnap.root / "cache"
     found = 0
-    for kind in ("objects", "fresh", "partial"):
+    for kind in ("objects", "aside", "partial"):
         for path in (cache / kind).rglob("*"):
             try:
                 found += path.stat().st_blocks * 512 if path.is_file() else 0

@@ -28,6 +28,42 @@ class Cache:
         self.trees = os.path.join(self.root, "trees")
         for directory in (self.root, self.index, self.partial, self.trees):
             os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._boot = os.path.join(self.root, "boot")
         self.objects = ObjectStore(
-            os.path.join(self.root, "objects"), os.path.join(self.root, "fresh")
+            os.path.join(self.root, "objects"), os.path.join(self.root, "aside")
         )
+
+    def recover_after_boot(self) -> None:
+        """Take from the kernel what may not have reached the disk; to be called before it reads objects.
+
+        Looks at all objects, but only once after each boot, or mount of the file system.
+
+        Raises:
+            OSError: the cache cannot be read or written.
+        """
+        now = f"{_boot_id()} {_mount_id(self.root)}\n"
+        try:
+            with open(self._boot) as file:
+                if file.read(200) == now:
+                    return
+        except FileNotFoundError:
+            pass
+        self.objects.recover()
+        with open(self._boot, "w") as file:
+            file.write(now)
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _mount_id(path: str) -> str:
+    """The kernel's number of the mount that a directory is on (proc_pid_fdinfo(5))."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+            return lines["mnt_id"].strip()
+    finally:
+        os.close(fd)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Complete file contents on disk, shared by all layers and processes.
 
-A content is verified before it is stored, and appears whole, as `fresh/<aa>/<digest>`. Storing does not
+A content is verified before it is stored, and appears whole, as `objects/<aa>/<digest>`. There the kernel
+reads it without asking anybody: overlay has that directory as a data-only lower layer. Storing does not
 sync, as that would cost more than the download. Some seconds later, after one sync of the file system
-for all that is new, an object is *sealed* (see `stamps`) and moved to `objects/<aa>/<digest>`. There the
-kernel may read it without asking anybody: overlay has that directory as a data-only lower layer. What
-is fresh and not sealed (the machine lost power before) is verified again before it is used; what has
-lost its seal among the objects (somebody wrote to it) becomes fresh again. Knows nothing of chunks or
-layers.
+for all that is new, an object is *sealed* (see `stamps`). What is not sealed is verified again before it
+is used by a process that has not stored it, and when the machine may have lost power since, it is put
+*aside* before the kernel gets to see it: in `aside/<aa>/<digest>` are contents that only we read. So is
+what was changed, and for a time what the kernel shall not read because that would not be noticed. Knows
+nothing of chunks or layers.
 
 Invariant: `open` never returns an object whose bytes have not been checked against its digest, either
-by this process since it started or before the object was sealed; and what is in `objects` is on disk.
+by this process since it started or before the object was sealed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lazysnap import log
 from lazysnap.cache import stamps
@@ -38,25 +39,29 @@ class ObjectStore:
     All methods may be called from any thread. A `key` is the 32 bytes of a content's sha256.
 
     Args:
-        root: the directory of sealed objects; created with its 256 subdirectories when missing.
-        fresh: the directory of new ones, on the same file system; likewise.
+        root: the directory that the kernel reads; created with its 256 subdirectories when missing.
+        aside: the other one, on the same file system; likewise.
+
+    Attributes:
+        holding: put new objects aside, until `seal` is called when this is no longer so.
     """
 
-    def __init__(self, root: str, fresh: str) -> None:
+    def __init__(self, root: str, aside: str) -> None:
         self.root = os.path.abspath(root)
-        self.fresh = os.path.abspath(fresh)
-        self._directory = _open_directory(self.root)
-        self._incoming = _open_directory(self.fresh)
+        self.aside = os.path.abspath(aside)
+        self.holding = False
+        self._objects = _open_directory(self.root)
+        self._others = _open_directory(self.aside)
         # Verified by this process and not sealed yet.
         self._unsealed: set[bytes] = set()
-        # Sealed by this process and not moved yet.
-        self._sealed: set[bytes] = set()
+        # Aside, and to be moved to the objects by `seal`.
+        self._held: set[bytes] = set()
         self._anonymous = True
 
     def close(self) -> None:
         """Release the directories; objects that were opened stay usable."""
-        os.close(self._directory)
-        os.close(self._incoming)
+        os.close(self._objects)
+        os.close(self._others)
 
     @staticmethod
     def name(key: bytes) -> str:
@@ -66,8 +71,8 @@ class ObjectStore:
 
     def path(self, key: bytes) -> str:
         """Where an object is, or would be if there were one."""
-        settled = os.path.join(self.root, self.name(key))
-        return settled if os.path.exists(settled) else os.path.join(self.fresh, self.name(key))
+        aside = os.path.join(self.aside, self.name(key))
+        return aside if os.path.exists(aside) else os.path.join(self.root, self.name(key))
 
     def open(self, key: bytes, size: int) -> int | None:
         """Open an object that is known to be right without reading it.
@@ -80,7 +85,7 @@ class ObjectStore:
             A file descriptor that the caller closes; None when there is no such object, or one that
             `verify` has to look at first.
         """
-        for directory in (self._directory, self._incoming):
+        for directory in (self._objects, self._others):
             try:
                 fd = self._open(key, directory)
             except OSError:
@@ -89,12 +94,10 @@ class ObjectStore:
             sealed = status.st_mtime_ns == stamps.seal_time(key)
             if status.st_size == size and (sealed or key in self._unsealed):
                 stamps.touch(fd, status)
-                if sealed and directory == self._incoming:
-                    self._sealed.add(key)  # it may have been on probation
+                if sealed and directory == self._others:
+                    self._held.add(key)  # it may have been on probation
                 return fd
             os.close(fd)
-            if directory == self._directory and not sealed:
-                self.demote(key)
         return None
 
     def exists(self, key: bytes, size: int) -> bool:
@@ -104,7 +107,7 @@ class ObjectStore:
         a look at its bytes.
         """
         name = self.name(key)
-        for directory in (self._directory, self._incoming):
+        for directory in (self._objects, self._others):
             with contextlib.suppress(OSError):
                 if os.stat(name, dir_fd=directory).st_size == size:
                     return True
@@ -117,21 +120,22 @@ class ObjectStore:
             True when `open` will now return it. False when there is none (any more).
         """
         found = False
-        for directory in (self._incoming, self._directory):
+        for directory in (self._objects, self._others):
             try:
                 fd = self._open(key, directory)
             except OSError:
                 continue
-            found = True
             try:
                 if _sha256(fd) == key:
-                    if directory == self._incoming:
-                        self._unsealed.add(key)
+                    self._unsealed.add(key)
                     return True
             except OSError as error:
                 _log.warning("cached object cannot be read", digest=key.hex(), error=error)
             finally:
                 os.close(fd)
+            found = True
+            with contextlib.suppress(OSError):
+                os.unlink(self.name(key), dir_fd=directory)
         if found:
             _log.warning("cached object is wrong, removed", digest=key.hex())
             self.remove(key)
@@ -140,8 +144,8 @@ class ObjectStore:
     def remove(self, key: bytes) -> None:
         """Remove an object; those who have it open can go on reading it."""
         self._unsealed.discard(key)
-        self._sealed.discard(key)
-        for directory in (self._directory, self._incoming):
+        self._held.discard(key)
+        for directory in (self._objects, self._others):
             with contextlib.suppress(OSError):
                 os.unlink(self.name(key), dir_fd=directory)
         self.note_removal()
@@ -151,13 +155,13 @@ class ObjectStore:
 
         What was found to be complete is to be looked at again when this is another number.
         """
-        return os.fstat(self._directory).st_mtime_ns
+        return os.fstat(self._objects).st_mtime_ns
 
     def note_removal(self) -> None:
         """Begin another generation."""
         now = time.time_ns()
         with contextlib.suppress(OSError):
-            os.utime(self._directory, ns=(now, now))
+            os.utime(self._objects, ns=(now, now))
 
     def put(self, key: bytes, data: bytes | memoryview) -> None:
         """Store a content that the caller has verified against `key`.
@@ -165,22 +169,25 @@ class ObjectStore:
         Raises:
             OSError: the disk is full, or otherwise refuses.
         """
-        name = self.name(key)
-        fd, temporary = self._create(name)
+        fd, temporary = self._create(self.name(key))
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            self._publish(fd, temporary, name)
-            # Not before: until now the name may have stood for a wrong object.
-            self._unsealed.add(key)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+                if temporary is None:
+                    self._publish(fd, key)
+            finally:
+                os.close(fd)
+            if temporary is not None:
+                # Closed before: whoever watches the objects would take closing for a change.
+                os.rename(temporary, self.name(key), **self._ways(self._place()))
+                self._note(key)
         except OSError:
             if temporary is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._incoming)
+                    os.unlink(temporary, dir_fd=self._others)
             raise
-        finally:
-            os.close(fd)
 
     def adopt(self, path: str, key: bytes) -> bool:
         """Make the file `path` an object, if its content is the one that `key` says.
@@ -200,19 +207,15 @@ class ObjectStore:
             if _sha256(fd) != key:
                 return False
             # Not renamed: since it was read, another file can have got its name.
-            self._publish(fd, None, self.name(key))
-            self._unsealed.add(key)
+            self._publish(fd, key)
         finally:
             os.close(fd)
         with contextlib.suppress(OSError):
             os.unlink(path)
         return True
 
-    def seal(self, *, settle: bool = True) -> int:
-        """Sync, then seal all that was stored since the last call and move it to the objects.
-
-        Args:
-            settle: move what is sealed; otherwise that is left to a later call.
+    def seal(self) -> int:
+        """Sync, then seal all that was stored since the last call; move what is not to be held.
 
         Returns:
             How many objects were sealed.
@@ -225,81 +228,84 @@ class ObjectStore:
             before = time.time_ns()
             time.sleep(_TICK_SECONDS)
             try:
-                stamps.sync_filesystem(self._incoming)
+                stamps.sync_filesystem(self._objects)
             except OSError as error:
                 raise Internal(f"syncing the cache failed: {error}") from error
             for key in unsealed:
-                with contextlib.suppress(OSError):  # removed, or moved by another process
-                    if not self._seal(key, before):
-                        continue
-                    self._sealed.add(key)
+                if self._seal(key, before):
+                    self._unsealed.discard(key)
                     sealed += 1
-                self._unsealed.discard(key)
-        if settle:
-            while self._sealed:
-                self._settle(self._sealed.pop())
+        while self._held and not self.holding:
+            self._move(self._held.pop(), to=self._objects)
         return sealed
 
     def _seal(self, key: bytes, before: int) -> bool:
         """Mark one object, unless it was written after `before` and may not have been synced."""
-        fd = self._open(key, self._incoming)
-        try:
-            # Another process can have replaced it by one that is as right, but not on the disk yet.
-            modified = os.fstat(fd).st_mtime_ns
-            if modified == stamps.seal_time(key):
-                return True
-            if modified > before:
-                return False
-            stamps.seal(fd, key)
-        finally:
-            os.close(fd)
+        for directory in (self._objects, self._others):
+            try:
+                fd = self._open(key, directory)
+            except OSError:
+                continue
+            try:
+                # Another process can have replaced it by one as right, but not on the disk yet.
+                modified = os.fstat(fd).st_mtime_ns
+                if modified != stamps.seal_time(key):
+                    if modified > before:
+                        return False
+                    with contextlib.suppress(OSError):
+                        stamps.seal(fd, key)
+            finally:
+                os.close(fd)
+            if directory == self._others:
+                self._held.add(key)  # `recover` of another process did not know of us
         return True
 
-    def _settle(self, key: bytes) -> None:
-        """Move a sealed object to where the kernel finds it."""
+    def _move(self, key: bytes, *, to: int) -> None:
+        """Move an object to the other directory; moved by another process or removed, it is gone."""
+        source = self._others if to == self._objects else self._objects
         name = self.name(key)
-        with contextlib.suppress(OSError):  # moved by another process, or removed
-            os.rename(name, name, src_dir_fd=self._incoming, dst_dir_fd=self._directory)
+        with contextlib.suppress(OSError):
+            os.rename(name, name, src_dir_fd=source, dst_dir_fd=to)
 
     def demote(self, key: bytes) -> None:
         """Have an object verified before its next use, and out of the kernel's sight until then."""
-        name = self.name(key)
-        with contextlib.suppress(OSError):
-            # Not over a fresh one, which may be right.
-            if os.path.exists(os.path.join(self.fresh, name)):
-                os.unlink(name, dir_fd=self._directory)
-            else:
-                os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
-            self.note_removal()
+        self._unsealed.discard(key)
+        if os.path.exists(os.path.join(self.aside, self.name(key))):
+            # Not over that one, which may be right.
+            with contextlib.suppress(OSError):
+                os.unlink(self.name(key), dir_fd=self._objects)
+        else:
+            self._move(key, to=self._others)
+        self.note_removal()
 
     def withdraw(self, key: bytes) -> None:
-        """Take an object out of the kernel's sight until the next call of `seal` that settles."""
+        """Take an object out of the kernel's sight until `seal` is called without `holding`."""
         self.put_on_probation(key)
-        self._sealed.add(key)
+        self._held.add(key)
 
     def put_on_probation(self, key: bytes) -> None:
         """Take an object out of the kernel's sight until it is opened here."""
-        name = self.name(key)
-        with contextlib.suppress(OSError):
-            os.rename(name, name, src_dir_fd=self._directory, dst_dir_fd=self._incoming)
+        self._move(key, to=self._others)
 
     def recover(self) -> tuple[int, int]:
         """Put in order what earlier processes left, and what was done to it since.
 
+        Afterwards the kernel sees only what was sealed, and what processes that run now have stored.
+
         Returns:
-            How many sealed objects were moved, and how many objects had lost their seals.
+            How many sealed objects were moved to the objects, and how many that are not sealed aside.
         """
         settled = demoted = 0
-        for key, status in _scan(self.fresh):
-            if status.st_mtime_ns == stamps.seal_time(key):
-                self._settle(key)
+        for key, status in _scan(self.aside):
+            if status.st_mtime_ns == stamps.seal_time(key) and key not in self._held:
+                self._move(key, to=self._objects)
                 settled += 1
         for key, status in _scan(self.root):
-            if status.st_mtime_ns != stamps.seal_time(key):
+            if status.st_mtime_ns != stamps.seal_time(key) and key not in self._unsealed:
                 self.demote(key)
                 demoted += 1
         if demoted:
-            _log.warning("cached objects were changed, they are verified again", objects=demoted)
+            _log.info("cached objects are not sealed, they are verified again", objects=demoted)
         return settled, demoted
 
     def _open(self, key: bytes, directory: int) -> int:
@@ -313,42 +319,52 @@ class ObjectStore:
     def __iter__(self) -> Iterator[tuple[bytes, os.stat_result]]:
         """All objects with their status; not those that come or go meanwhile."""
         yield from _scan(self.root)
-        yield from _scan(self.fresh)
+        yield from _scan(self.aside)
 
     def _create(self, name: str) -> tuple[int, str | None]:
         """A new file that has no name yet, or where the file system cannot do that, a temporary one."""
         if self._anonymous:
             try:
                 flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-                return os.open(name[:2], flags, 0o600, dir_fd=self._incoming), None
+                return os.open(name[:2], flags, 0o600, dir_fd=self._others), None
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                     raise
                 self._anonymous = False
         temporary = _temporary_name(name)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        return os.open(temporary, flags, 0o600, dir_fd=self._incoming), temporary
+        return os.open(temporary, flags, 0o600, dir_fd=self._others), temporary
 
-    def _publish(self, fd: int, temporary: str | None, name: str) -> None:
-        if temporary is not None:
-            os.rename(temporary, name, src_dir_fd=self._incoming, dst_dir_fd=self._incoming)
-            return
+    def _place(self) -> int:
+        return self._others if self.holding else self._objects
+
+    def _note(self, key: bytes) -> None:
+        """An object was stored; not before, as its name may have stood for a wrong one."""
+        self._unsealed.add(key)
+        if self.holding:
+            self._held.add(key)
+
+    def _ways(self, place: int) -> Mapping[str, int]:
+        return {"src_dir_fd": self._others, "dst_dir_fd": place}
+
+    def _publish(self, fd: int, key: bytes) -> None:
+        """Give an open file the name of an object."""
+        name, place = self.name(key), self._place()
         source = f"/proc/self/fd/{fd}"
         try:
-            os.link(source, name, dst_dir_fd=self._incoming, follow_symlinks=True)
-            return
+            os.link(source, name, dst_dir_fd=place, follow_symlinks=True)
         except FileExistsError:
-            pass
-        # What is there may be wrong, which is why its content is being stored now. It is replaced at
-        # once: if it is right, nobody shall miss it for a moment.
-        temporary = _temporary_name(name)
-        os.link(source, temporary, dst_dir_fd=self._incoming, follow_symlinks=True)
-        try:
-            os.rename(temporary, name, src_dir_fd=self._incoming, dst_dir_fd=self._incoming)
-        finally:
-            # Still there if both were names of one file, as when another process has just adopted it.
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=self._incoming)
+            # What is there may be wrong, which is why its content is being stored now. It is replaced
+            # at once: if it is right, nobody shall miss it for a moment.
+            temporary = _temporary_name(name)
+            os.link(source, temporary, dst_dir_fd=self._others, follow_symlinks=True)
+            try:
+                os.rename(temporary, name, **self._ways(place))
+            finally:
+                # Still there if both were names of one file, as when another process has adopted it.
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=self._others)
+        self._note(key)
 
 
 def _open_directory(path: str) -> int:

@@ -50,7 +50,7 @@ def leftovers(cache: Cache, used_indexes: Iterable[str]) -> list[Leftover]:
     used = set(used_indexes)
     found = list(_in(cache, "index", lambda entry, _: _index_leftover(entry.name, used)))
     for number in range(256):
-        for place in ("objects", "fresh"):
+        for place in ("objects", "aside"):
             found += _in(cache, f"{place}/{number:02x}", _object_leftover)
     return found + list(_in(cache, "partial", _partial_leftover(cache)))
 

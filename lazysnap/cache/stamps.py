@@ -62,7 +62,9 @@ def seal(fd: int, key: bytes) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    _set_times(fd, (0, _OMIT), divmod(seal_time(key), NANOSECONDS))
+    # Both times: inotify takes a change of the modification time alone for a change of the file.
+    accessed = divmod(os.fstat(fd).st_atime_ns, NANOSECONDS)
+    _set_times(fd, accessed, divmod(seal_time(key), NANOSECONDS))
 
 
 def sync_filesystem(fd: int) -> None:

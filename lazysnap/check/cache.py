@@ -31,7 +31,7 @@ def size(context: Context) -> Iterator[Finding]:
     if not limit:
         return
     taken = 0
-    for part in ("objects", "fresh", "partial"):
+    for part in ("objects", "aside", "partial"):
         for directory, _, names in os.walk(context.below_root("cache", part)):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):

@@ -15,7 +15,7 @@ from lazysnap.layers.profile import Read, coalesce
 # A start that reads more often than this is not helped by a profile.
 _MOST = 50_000
 # What reads more than this is not waited for.
-_STARTS_AT_MOST = 10_000
+_STARTS_AT_MOST = 5_000
 # Who has not come for a session by then never will.
 _EXPIRES_SECONDS = 3600.0
 

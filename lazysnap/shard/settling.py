@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves new objects to where the kernel reads them by itself, and takes away what somebody changed.
+"""Seals new objects, and takes away from the kernel what it shall not read by itself.
 
-What a start reads is to be noted, and the kernel tells nobody what it reads by itself: so objects wait
-while a start is watched. Knows nothing of layers or requests.
+That is what somebody changed; and while a start is watched all that is new, as what the start reads is to
+be noted, and the kernel tells nobody. Knows nothing of layers or requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import trio
 
@@ -30,7 +29,7 @@ class Settling:
         watched: whether a start is being watched now.
 
     Attributes:
-        checked: set when all objects were found sealed, or taken away.
+        checked: set when all objects were looked at.
     """
 
     def __init__(self, contents: Contents, seconds: float, watched: Callable[[], bool]) -> None:
@@ -61,9 +60,9 @@ class Settling:
         """Sync and seal what was stored, every few seconds."""
         while True:
             await trio.sleep(self._seconds)
-            seal = partial(self._objects.seal, settle=not self._watched())
+            self._objects.holding = self._watched()
             try:
-                if await trio.to_thread.run_sync(seal):
+                if await trio.to_thread.run_sync(self._objects.seal):
                     await trio.to_thread.run_sync(memory.give_back)
             except LazysnapError as error:
                 _log.error("cache not synced", error=error)

@@ -268,6 +268,7 @@ class Worker:
             if layer.recorder is None:
                 layer.recorder = Recorder()
             layer.recorder.begin(since)
+            self.cache.objects.holding = True
             if fresh:
                 await trio.to_thread.run_sync(self._drop_pages, layer)
 

@@ -53,6 +53,7 @@ class Showing:
         self._lock = threading.Lock()
         if self.composing:
             serve_xattrs_everywhere(supervisor.root)
+            cache.recover_after_boot()
         if kernel_trees and problem:
             _log.info("the kernel cannot serve trees, shards do", why=problem)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lazysnap.cache import objects, stamps
+from lazysnap.cache import Cache, objects, stamps
 from lazysnap.cache.objects import ObjectStore
 from lazysnap.cache.stamps import seal_time
 
@@ -21,7 +21,7 @@ KEY = hashlib.sha256(DATA).digest()
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ObjectStore]:
-    store = ObjectStore(str(tmp_path / "objects"), str(tmp_path / "fresh"))
+    store = ObjectStore(str(tmp_path / "objects"), str(tmp_path / "aside"))
     yield store
     store.close()
 
@@ -40,7 +40,7 @@ def _path(store: ObjectStore) -> Path:
 
 def _again(store: ObjectStore) -> ObjectStore:
     """The store as another process, or one after a crash, sees it."""
-    return ObjectStore(store.root, store.fresh)
+    return ObjectStore(store.root, store.aside)
 
 
 def test_what_was_put_can_be_opened(store: ObjectStore) -> None:
@@ -164,7 +164,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path) -> None:
         ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=600", "none", str(mountpoint)], check=True
     )
     try:
-        store = ObjectStore(str(mountpoint / "objects"), str(mountpoint / "fresh"))
+        store = ObjectStore(str(mountpoint / "objects"), str(mountpoint / "aside"))
         data = os.urandom(2 << 20)
         key = hashlib.sha256(data).digest()
         with pytest.raises(OSError, match="No space") as caught:
@@ -242,55 +242,83 @@ def test_a_removal_begins_another_generation(store: ObjectStore) -> None:
     assert store.generation() != before
 
 
-def test_only_what_is_sealed_is_among_the_objects_that_the_kernel_reads(store: ObjectStore) -> None:
-    settled, fresh = Path(store.root, store.name(KEY)), Path(store.fresh, store.name(KEY))
+def test_what_is_held_is_kept_from_the_kernel_until_it_is_not(store: ObjectStore) -> None:
+    shown, aside = Path(store.root, store.name(KEY)), Path(store.aside, store.name(KEY))
+    store.holding = True
     store.put(KEY, DATA)
-    assert fresh.exists()
-    assert not settled.exists()
-    assert store.seal(settle=False) == 1
-    assert fresh.exists()
-    assert not settled.exists()
-    assert _read(_again(store)) == DATA
-    store.seal()
-    assert settled.exists()
-    assert not fresh.exists()
+    assert (shown.exists(), aside.exists()) == (False, True)
     assert _read(store) == DATA
+    assert store.seal() == 1
+    assert (shown.exists(), aside.exists()) == (False, True)
+    assert _read(_again(store)) == DATA
+    store.holding = False
+    store.seal()
+    assert (shown.exists(), aside.exists()) == (True, False)
+    store.withdraw(KEY)
+    assert (shown.exists(), aside.exists()) == (False, True)
+    assert _read(store) == DATA
+    store.seal()
+    assert (shown.exists(), aside.exists()) == (True, False)
 
 
-def test_what_a_dead_process_has_sealed_is_moved_by_the_next(store: ObjectStore) -> None:
+def test_what_a_dead_process_has_held_is_moved_by_the_next(store: ObjectStore) -> None:
+    store.holding = True
     store.put(KEY, DATA)
-    store.seal(settle=False)
+    store.seal()
     assert _again(store).recover() == (1, 0)
     assert Path(store.root, store.name(KEY)).exists()
 
 
-@pytest.mark.parametrize("noticed_by", ["open", "recover"])
-def test_a_changed_object_is_taken_away_from_the_kernel(
-    store: ObjectStore, noticed_by: str
+def test_what_another_process_has_not_sealed_is_taken_aside_and_comes_back(
+    store: ObjectStore,
 ) -> None:
     store.put(KEY, DATA)
+    assert _again(store).recover() == (0, 1)
+    assert not Path(store.root, store.name(KEY)).exists()
+    assert _read(store) == DATA
     store.seal()
-    settled = Path(store.root, store.name(KEY))
-    with settled.open("r+b") as file:
+    assert Path(store.root, store.name(KEY)).exists()
+    assert _read(_again(store)) == DATA
+
+
+def test_a_changed_object_is_taken_away_from_the_kernel(store: ObjectStore) -> None:
+    store.put(KEY, DATA)
+    store.seal()
+    shown = Path(store.root, store.name(KEY))
+    with shown.open("r+b") as file:
         file.write(b"THE")
     other = _again(store)
+    assert _read(other) is None
     before = other.generation()
-    if noticed_by == "open":
-        assert _read(other) is None
-    else:
-        assert other.recover() == (0, 1)
-    assert not settled.exists()
+    assert other.recover() == (0, 1)
+    assert not shown.exists()
     assert other.generation() != before
     assert not other.verify(KEY)
     other.put(KEY, DATA)
     other.seal()
-    assert settled.read_bytes() == DATA
+    assert shown.read_bytes() == DATA
+
+
+def test_after_a_boot_the_kernel_sees_only_what_was_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(str(tmp_path / "cache"))
+    cache.recover_after_boot()
+    cache.objects.put(KEY, DATA)
+    shown = Path(cache.objects.root, cache.objects.name(KEY))
+    Cache(cache.root).recover_after_boot()
+    assert shown.exists()
+    monkeypatch.setattr("lazysnap.cache._boot_id", lambda: "another")
+    again = Cache(cache.root)
+    again.recover_after_boot()
+    assert not shown.exists()
+    assert again.objects.verify(KEY)
 
 
 def test_a_changed_object_does_not_replace_a_right_one(store: ObjectStore) -> None:
+    store.holding = True
     store.put(KEY, DATA)
-    store.seal()
     Path(store.root, store.name(KEY)).write_bytes(b"wrong")
-    store.put(KEY, DATA)
-    store.demote(KEY)
+    _again(store).demote(KEY)
+    assert not Path(store.root, store.name(KEY)).exists()
     assert _read(store) == DATA

@@ -45,7 +45,7 @@ def _everything_is_settled(it: Stack) -> bool:
     found = [s for n in it.lazysnap.shards() for s in it.lazysnap.call(n, "status")]
     cache = it.lazysnap.root / "cache"
     local = all(layer["local_bytes"] == layer["bytes"] for layer in found)
-    return local and not any(cache.glob("fresh/??/*"))
+    return local and not any(cache.glob("aside/??/*"))
 
 
 def _contents(tree: Path) -> dict[str, bytes]:

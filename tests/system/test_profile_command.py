@@ -40,7 +40,7 @@ def _profile(it: Stack, reference: str, *arguments: str) -> str:
 def _cached(it: Stack, path: str) -> bool:
     name = hashlib.sha256(_MANY[path]).hexdigest()
     cache = it.lazysnap.root / "cache"
-    return any((cache / place / name[:2] / name).exists() for place in ("objects", "fresh"))
+    return any((cache / place / name[:2] / name).exists() for place in ("objects", "aside"))
 
 
 def _push(it: Stack) -> str:
@@ -51,7 +51,7 @@ def _push(it: Stack) -> str:
 def _forget_everything(it: Stack, reference: str) -> None:
     it.containerd.ctr("images", "rm", "--sync", reference)
     cache = it.lazysnap.root / "cache"
-    for path in (*cache.glob("objects/??/*"), *cache.glob("fresh/??/*")):
+    for path in (*cache.glob("objects/??/*"), *cache.glob("aside/??/*")):
         path.unlink()
 
 

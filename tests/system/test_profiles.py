@@ -52,13 +52,13 @@ def _local(it: Stack) -> dict[str, int]:
 
 def _objects(it: Stack) -> set[str]:
     cache = it.lazysnap.root / "cache"
-    return {path.name for place in ("objects", "fresh") for path in (cache / place).glob("*/*")}
+    return {path.name for place in ("objects", "aside") for path in (cache / place).glob("*/*")}
 
 
 def _forget(it: Stack, reference: str) -> None:
     """Remove the image, and all of its content from the node."""
     it.containerd.ctr("images", "rm", "--sync", reference)
-    for directory in ("objects", "fresh", "partial"):
+    for directory in ("objects", "aside", "partial"):
         for path in (it.lazysnap.root / "cache" / directory).rglob("*"):
             if path.is_file():
                 path.unlink()

@@ -171,7 +171,7 @@ def test_a_damaged_object_is_never_served(it: Stack) -> None:
     it.run(reference, "cat", "/data/hello")
     cache = it.lazysnap.root / "cache"
     damaged = 0
-    for path in (*cache.glob("objects/??/*"), *cache.glob("fresh/??/*")):
+    for path in (*cache.glob("objects/??/*"), *cache.glob("aside/??/*")):
         if path.stat().st_size:
             with path.open("r+b") as file:
                 first = file.read(1)
