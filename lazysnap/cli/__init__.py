@@ -25,6 +25,7 @@ _COMMANDS = {
     "drain": "Fetch everything of lazy images, so that they need no network.",
     "profile": "Learn what an image reads while it starts.",
     "pull": "Pull an image into containerd without downloading lazy layers.",
+    "report": "Show how an image started, and what held it up.",
     "serve": "Run the snapshotter.",
     "status": "Show what is mounted and how much of it is local.",
 }

@@ -58,10 +58,8 @@ def command(
     directory = readable_root(root or config.load(config_path).root)
 
     async def work() -> list[dict[str, Any]]:
-        chosen = _chosen(await inquire(directory), images)
-        layers = {
-            each["slot"]: each for image in chosen for each in image["layers"] if each["lazy"]
-        }
+        meant = chosen(await inquire(directory), images)
+        layers = {each["slot"]: each for image in meant for each in image["layers"] if each["lazy"]}
         with _progress() as show:
             return await _Drain(directory, list(layers.values())).run(patience, show)
 
@@ -75,7 +73,7 @@ def command(
         ctx.exit(_EXIT_INCOMPLETE)
 
 
-def _chosen(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+def chosen(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """The images that are meant.
 
     Raises:

@@ -55,7 +55,7 @@ async def inquire(root: str) -> dict[str, Any]:
         root: lazysnap's root directory, without links in its path.
     """
     problems: list[str] = []
-    snapshots, attached = await trio.to_thread.run_sync(_database, root, problems)
+    snapshots, attached = await trio.to_thread.run_sync(database, root, problems)
     records = await trio.to_thread.run_sync(slot_records, root, problems)
     answered = await _ask_all(root, records)
     silent = [record for record in records.values() if record.slot not in answered.layers]
@@ -95,7 +95,7 @@ def slot_records(root: str, problems: list[str]) -> dict[int, SlotRecord]:
     return records
 
 
-def _database(root: str, problems: list[str]) -> tuple[list[Snapshot], dict[int, Attachment]]:
+def database(root: str, problems: list[str]) -> tuple[list[Snapshot], dict[int, Attachment]]:
     """All snapshots, and what is served for those that are lazy."""
     path = os.path.join(root, "metadata.db")
     if not os.path.exists(path):

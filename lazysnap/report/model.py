@@ -10,11 +10,7 @@ from __future__ import annotations
 import msgspec
 
 
-class _Value(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
-    pass
-
-
-class Range(_Value):
+class Range(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """A range of a blob that was fetched.
 
     Attributes:
@@ -48,7 +44,7 @@ class Range(_Value):
     failed: bool = False
 
 
-class Wait(_Value):
+class Wait(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """A read that had to wait for bytes.
 
     Attributes:
@@ -70,7 +66,7 @@ class Wait(_Value):
     ahead: bool
 
 
-class Slow(_Value):
+class Slow(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """A file that held readers up; the waits of one file are added up."""
 
     layer: int
@@ -80,7 +76,7 @@ class Slow(_Value):
     bytes: int
 
 
-class Use(_Value):
+class Use(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """What became of what was fetched for one layer.
 
     Attributes:
@@ -104,7 +100,7 @@ class Use(_Value):
     missed: int = 0
 
 
-class Layer(_Value):
+class Layer(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """A layer of the image.
 
     Attributes:
@@ -136,14 +132,14 @@ class Layer(_Value):
     use: Use = Use()
 
 
-class Container(_Value):
+class Container(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """A snapshot above the image: a container's, in most cases."""
 
     key: str
     at: float
 
 
-class Savings(_Value):
+class Savings(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """What waiting and fetching could have been spared. Estimates, from what was recorded.
 
     Attributes:
@@ -171,7 +167,7 @@ class Savings(_Value):
     needed_share: float | None = None
 
 
-class Report(_Value):
+class Report(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     """Everything.
 
     Attributes:
