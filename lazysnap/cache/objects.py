@@ -326,7 +326,9 @@ class ObjectStore:
         if self._anonymous:
             try:
                 flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-                return os.open(name[:2], flags, 0o600, dir_fd=self._others), None
+                # In one directory: file systems keep its inodes together, in the order of time, and
+                # what was fetched together will be read together.
+                return os.open(".", flags, 0o600, dir_fd=self._others), None
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                     raise
