@@ -1,85 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""httpx's connection pool, with sockets that are read in large pieces.
+"""httpx on httpcore's connection pool, with connections of our own (see `connection`).
 
-Goes through the public `network_backend` of httpcore, which httpx itself does not pass on. Knows
-nothing of registries. Errors of the body stay httpcore's, which saves a layer per piece.
+Goes through the public `create_connection` of httpcore's pool, which httpx itself does not pass on.
+Knows nothing of registries. Errors of the body stay httpcore's, which saves a layer per piece.
 """
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import httpcore
 import httpx
 import trio
 
+from lazysnap.registry.connection import Connection
 from lazysnap.registry.hosts import RegistrySettings
 
 _WRITE_SIZE = 64 << 10
-_READ_SIZE = 256 << 10
-"""Bytes per receive. httpcore's own 64 KiB halves the speed of a stream on loopback."""
 
 
-class _WideStream(httpcore.AsyncNetworkStream):
-    """A network stream that reads more at once than it is asked for."""
+class _Pool(httpcore.AsyncConnectionPool):
+    """httpcore's pool, of our connections."""
 
-    def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
-        self._inner = inner
-
-    async def read(
-        self, max_bytes: int, timeout: float | None = None
-    ) -> bytes:  # httpcore's signature
-        return await self._inner.read(max(max_bytes, _READ_SIZE), timeout)
-
-    async def write(
-        self, buffer: bytes, timeout: float | None = None
-    ) -> None:  # httpcore's signature
-        await self._inner.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # httpcore's signature
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:
-            # httpcore forgets the socket when a handshake is cancelled.
-            with trio.CancelScope(shield=True):
-                await self._inner.aclose()
-            raise
-        return _WideStream(inner)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-class _WideBackend(httpcore.AsyncNetworkBackend):
-    """trio's sockets, read in large pieces."""
-
-    def __init__(self) -> None:
-        self._inner = httpcore.TrioBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # httpcore's signature
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        return _WideStream(
-            await self._inner.connect_tcp(host, port, timeout, local_address, socket_options)
+    def __init__(self, settings: RegistrySettings, context: ssl.SSLContext) -> None:
+        super().__init__(
+            max_connections=settings.max_connections,
+            max_keepalive_connections=settings.max_connections,
+        )
+        self._make = partial(
+            Connection, context=context, keep_alive_seconds=settings.keep_alive_seconds
         )
 
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
+    def create_connection(self, origin: httpcore.Origin) -> Connection:
+        """A connection that is not made yet; called by httpcore."""
+        return self._make(origin)
 
 
 class _PoolStream(httpx.AsyncByteStream):
@@ -133,16 +90,10 @@ class _Pieces(AsyncIterator[bytes]):
 
 
 class PoolTransport(httpx.AsyncBaseTransport):
-    """httpx on a connection pool of httpcore with our network backend."""
+    """httpx on a connection pool of httpcore with our connections."""
 
     def __init__(self, settings: RegistrySettings, context: ssl.SSLContext) -> None:
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context,
-            max_connections=settings.max_connections,
-            max_keepalive_connections=settings.max_connections,
-            keepalive_expiry=settings.keep_alive_seconds,
-            network_backend=_WideBackend(),
-        )
+        self._pool = _Pool(settings, context)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; called by httpx."""

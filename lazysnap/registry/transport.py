@@ -172,24 +172,20 @@ class Answer:
         """Give up the rest of the body.
 
         httpx and httpcore stack several asynchronous generators, and closing the outermost leaves
-        the inner ones to the garbage collector. So the socket is closed under them and the
-        innermost read fails, which unwinds all of them in order.
+        the inner ones to the garbage collector. So the body is closed under them, and then they end
+        in order, as the innermost has nothing more to read. Not the socket: if the body just happens
+        to be over, the pool would offer a closed one to the next request.
         """
         if self._ended:
             return
         self._ended = True
         with trio.CancelScope(shield=True):
-            if self._iterator is None:
-                await self._response.aclose()
-                return
-            stream = self._response.extensions.get("network_stream")
-            if stream is not None:
-                await stream.aclose()
-            with contextlib.suppress(*_BROKEN, *_TIMEOUT):
-                # What the parser holds already, less than two reads, and then the error.
-                async for _ in self._iterator:
-                    pass
             await self._response.aclose()
+            if self._iterator is not None:
+                with contextlib.suppress(*_BROKEN, *_TIMEOUT):
+                    # What h11 holds already, less than two reads, and then the end or an error.
+                    async for _ in self._iterator:
+                        pass
 
     async def __aenter__(self) -> Answer:
         return self
