@@ -23,6 +23,7 @@ from tests.pull.conftest import AMD64, serve
 from tests.support import images, tree
 from tests.support.containerd import PrivateContainerd
 from tests.support.registry import FaultyRegistry
+from tests.support.views import make_view
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
@@ -43,9 +44,8 @@ def _tree(
     snapshots = ("snapshots", "--snapshotter", "overlayfs")
     target.mkdir()
     key = f"view-{os.urandom(4).hex()}"
-    mount = daemon.ctr(
-        *snapshots, "view", "--target", str(target), key, chain_id, namespace=namespace
-    )
+    make_view(daemon.address, "overlayfs", key, chain_id, namespace=namespace)
+    mount = daemon.ctr(*snapshots, "mounts", str(target), key, namespace=namespace)
     assert os.system(shlex.join(shlex.split(mount))) == 0
     try:
         return tree.read_tree(str(target))
