@@ -121,8 +121,8 @@ class Machine:
         return self.run("systemctl", "is-active", unit, check=False).strip() == "active"
 
     def journal(self) -> str:
-        """Everything that was logged since it was booted."""
-        return self.run("journalctl", "--boot", "--no-pager", "--output=short", check=False)
+        """Everything that was logged."""
+        return self.run("journalctl", "--no-pager", check=False)
 
     def add(self, path: str, text: str) -> None:
         """Write a file; directories are made."""
