@@ -39,13 +39,15 @@ def use(index: LayerIndex, told: Told, reads: Sequence[Read] | None) -> Use:
         for each in joined:
             touched.update(members_of(index, each))
         read = sum(each.length for each in joined)
-    counts = {"hits": 0, "late": 0, "along": 0, "missed": 0}
+    counts = {"hits": 0, "late": 0, "along": 0, "missed": 0, "before": 0}
     for number in touched:
         if number in waited:
             counts["late" if waited[number] else "missed"] += 1
         elif number in brought:
             on_demand = brought[number].priority == Priority.DEMAND
             counts["along" if on_demand else "hits"] += 1
+        else:
+            counts["before"] += 1
     unused = (
         _size(index, number)
         for number, event in brought.items()
@@ -56,6 +58,7 @@ def use(index: LayerIndex, told: Told, reads: Sequence[Read] | None) -> Use:
         read=read,
         needed=sum(_size(index, number) for number in touched),
         unused=sum(unused),
+        round_trips=sum(_for_an_answer(index, event, brought) for event in told.waited),
         **counts,
     )
 
@@ -71,16 +74,31 @@ def _waited_for(
     """The pieces that readers waited for, and whether these were being fetched ahead."""
     found: dict[int, bool] = {}
     for event in waits:
-        last = min(event.offset + event.size, index.file(event.node).size) - 1
-        chunks = range(
-            index.chunk_at(event.node, event.offset), index.chunk_at(event.node, last) + 1
-        )
-        for number in {index.chunk(i).member for i in chunks}:
-            request = brought.get(number)
-            # The others were here before the reader came.
-            if request is not None and (request.ended is None or request.ended > event.began):
-                found.setdefault(number, request.priority != Priority.DEMAND)
+        for number, request in _awaited(index, event, brought):
+            found.setdefault(number, request.priority != Priority.DEMAND)
     return found
+
+
+def _awaited(
+    index: LayerIndex, event: Waited, brought: dict[int, Fetched]
+) -> Iterable[tuple[int, Fetched]]:
+    """The pieces that a read waited for, each with the request that brought it."""
+    last = min(event.offset + event.size, index.file(event.node).size) - 1
+    chunks = range(index.chunk_at(event.node, event.offset), index.chunk_at(event.node, last) + 1)
+    for number in {index.chunk(i).member for i in chunks}:
+        request = brought.get(number)
+        # The others were here before the reader came.
+        if request is not None and (request.ended is None or request.ended > event.began):
+            yield number, request
+
+
+def _for_an_answer(index: LayerIndex, event: Waited, brought: dict[int, Fetched]) -> bool:
+    """Whether a read had to wait until the registry answered a request that was made for it.
+
+    What came along with the table of contents needs none.
+    """
+    requests = (request for _, request in _awaited(index, event, brought))
+    return not event.ahead and any(request.received for request in requests)
 
 
 def savings(
@@ -97,13 +115,15 @@ def savings(
     lazy = [layer for layer in layers if layer.slot is not None]
     needed = sum(layer.use.needed for layer in lazy)
     blobs = sum(layer.blob_bytes or 0 for layer in lazy)
+    round_trips = sum(layer.use.round_trips for layer in lazy)
     known = bool(lazy) and all(layer.use.known for layer in lazy)
     return Savings(
         waits=len(waits),
         waited_seconds=covered((wait.at, wait.at + wait.seconds) for wait in waits),
         round_trip=round_trip,
         bandwidth=bandwidth,
-        round_trips_seconds=round_trip * sum(not wait.ahead for wait in waits),
+        round_trips=round_trips,
+        round_trips_seconds=round_trip * round_trips,
         transfer_seconds=needed / bandwidth if bandwidth else 0.0,
         unused_bytes=sum(layer.use.unused for layer in lazy if layer.use.known),
         coarse_bytes=sum(_coarse(layer) for layer in lazy),

@@ -88,6 +88,8 @@ class Use(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
         late: pieces that were being fetched ahead when a reader came for them.
         along: pieces that were read, and came along with a request for others.
         missed: pieces that nobody had asked for when a reader came.
+        before: pieces that were read, and had been here before the worker was started.
+        round_trips: reads that waited for the registry to answer a request for them.
     """
 
     known: bool = False
@@ -98,6 +100,8 @@ class Use(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     late: int = 0
     along: int = 0
     missed: int = 0
+    before: int = 0
+    round_trips: int = 0
 
 
 class Layer(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
@@ -147,7 +151,8 @@ class Savings(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
         waited_seconds: during which some read waited; those at the same time are counted once.
         round_trip: seconds to the first byte of an answer of the registry; 0 if it is not known.
         bandwidth: bytes per second while something arrives; 0 if it is not known.
-        round_trips_seconds: waits that nobody had foreseen times the round trip.
+        round_trips: reads that waited for the registry to answer a request for them.
+        round_trips_seconds: that many times the round trip.
         transfer_seconds: what all needed bytes take at that bandwidth; 0 if it is not known.
         unused_bytes: fetched and not read.
         coarse_bytes: needed only as pieces are larger than what is read of them.
@@ -159,6 +164,7 @@ class Savings(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     waited_seconds: float = 0.0
     round_trip: float = 0.0
     bandwidth: float = 0.0
+    round_trips: int = 0
     round_trips_seconds: float = 0.0
     transfer_seconds: float = 0.0
     unused_bytes: int = 0

@@ -142,6 +142,7 @@ def _prefetch(report: Report) -> Iterator[Element]:
         ("were on their way when a reader came (late)", sum(use.late for use in uses), True),
         ("came along with what a reader asked for", sum(use.along for use in uses), known),
         ("had not been asked for by anybody (misses)", sum(use.missed for use in uses), True),
+        ("had been local before the worker was started", sum(use.before for use in uses), known),
     )
     texts = ((what, str(number) if sure else "not known") for what, number, sure in rows)
     yield _table(("pieces of the blobs that were read, and", "number"), texts, "prefetch")
@@ -197,10 +198,11 @@ def _estimates(savings: Savings) -> Iterator[Sequence[str]]:
         seconds_text(savings.waited_seconds),
     )
     yield (
-        "A profile: of that, round trips",
-        "reads that waited for what nobody had asked for, times the registry's round trip"
+        "A profile: round trips",
+        f"{savings.round_trips} reads that waited for the answer to a request of their own, times"
+        " the registry's round trip"
         + (f" ({seconds_text(savings.round_trip)}, the least seen)" if measured else "")
-        + "; more than the line above if reads waited at the same time",
+        + "; reads that waited at the same time each count",
         seconds_text(savings.round_trips_seconds) if measured else "not known",
     )
     yield (

@@ -22,14 +22,14 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px ui-monospace, monospace; fill: var(--text); }
 svg .name { text-anchor: end; } svg .tick { fill: var(--dim); }
 svg .grid { stroke: var(--line); } svg .container { stroke: var(--text); stroke-dasharray: 4 3; }
-.demand { fill: var(--demand); background: var(--demand); }
-.prefetch { fill: var(--prefetch); background: var(--prefetch); }
-.background { fill: var(--background); background: var(--background); }
-.mounting { fill: var(--mounting); background: var(--mounting); }
-.wait { fill: var(--wait); background: var(--wait); }
-.urgent { stroke: var(--wait); stroke-width: 1; }
-.failed { fill: var(--page); stroke: var(--wait); stroke-dasharray: 2 2; }
-.key { background: none; display: inline-block; margin-right: 16px; }
+svg .demand { fill: var(--demand); }
+svg .prefetch { fill: var(--prefetch); }
+svg .background { fill: var(--background); }
+svg .mounting { fill: var(--mounting); }
+svg .wait { fill: var(--wait); }
+svg .urgent { stroke: var(--wait); stroke-width: 1; }
+svg .failed { fill: var(--page); stroke: var(--wait); stroke-dasharray: 2 2; }
+.key { display: inline-block; margin-right: 16px; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 9px; margin-right: 5px; }
 .key.demand::before { background: var(--demand); } .key.prefetch::before { background: var(--prefetch); }
 .key.background::before { background: var(--background); }

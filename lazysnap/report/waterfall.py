@@ -18,6 +18,7 @@ _ROW = 18.0
 _TOP = 26.0
 _NAME_MOST = 46
 _TICKS = 8
+_TICK_TEXT = 60.0
 _LEAST_WIDTH = 2.0
 _MARGIN = 8.0
 
@@ -71,7 +72,8 @@ def _grid(axis: _Axis, height: float) -> Iterable[Element]:
     for tick in axis.ticks():
         x = axis.x(axis.begin + tick)
         yield element("line", x1=x, x2=x, y1=_TOP - 6, y2=height, class_="grid")
-        yield element("text", f"+{seconds_text(tick)}", x=x + 2, y=12, class_="tick")
+        if x <= _LABELS + _CHART - _TICK_TEXT:
+            yield element("text", f"+{seconds_text(tick)}", x=x + 2, y=12, class_="tick")
 
 
 def _row(report: Report, axis: _Axis, row: Row, top: float) -> Iterable[Element]:

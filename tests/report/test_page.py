@@ -158,6 +158,8 @@ async def test_what_was_read_of_what_was_fetched(tmp_path: Path) -> None:
         # The prefetch brought the first twelve pieces, all in time, as nobody read before.
         assert (found.hits, found.late) == (12, 0)
         assert found.missed > 0
+        assert found.before == e.index.member_count - 12 - found.missed - found.along
+        assert found.round_trips == len(_told(e).waited)
         nothing = use(e.index, _told(e), [])
         assert nothing.known
         assert nothing.unused >= sum(size[2:])  # of each third file the first two pieces were read
