@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lazysnap.errors import Internal
 
@@ -38,19 +38,35 @@ def mount_read_only_overlay(
     Raises:
         Internal: the kernel refused; nothing is left mounted.
     """
-    settings = [
+    settings = (
         *(("lowerdir+", path) for path in lower),
         *(("datadir+", path) for path in data),
         *options,
-    ]
+    )
+    mount_overlay(settings, target, _MOUNT_ATTR_RDONLY)
+
+
+def mount_overlay(settings: Iterable[tuple[str, str]], target: str, attributes: int) -> None:
+    """Mount an overlay.
+
+    Args:
+        settings: options, in their order; `lowerdir+` and `datadir+` come once for each directory.
+        target: an existing directory.
+        attributes: `MOUNT_ATTR_*` of mount_setattr(2); the first ones have the numbers of
+            `MS_RDONLY`, `MS_NOSUID` and `MS_NODEV`.
+
+    Raises:
+        Internal: the kernel refused; nothing is left mounted.
+    """
     try:
         context = _syscall(_FSOPEN, b"overlay", _FSOPEN_CLOEXEC)
         try:
-            _syscall(_FSCONFIG, context, _SET_FLAG, b"ro", None, 0)
+            if attributes & _MOUNT_ATTR_RDONLY:
+                _syscall(_FSCONFIG, context, _SET_FLAG, b"ro", None, 0)
             for key, value in settings:
                 _syscall(_FSCONFIG, context, _SET_STRING, key.encode(), os.fsencode(value), 0)
             _syscall(_FSCONFIG, context, _CMD_CREATE, None, None, 0)
-            mounted = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_RDONLY)
+            mounted = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
         except OSError as error:
             raise _refused(target, error, _complaints(context)) from error
         finally:

@@ -23,11 +23,13 @@ _COMMANDS = {
     "check": "Find what keeps lazysnap from working, and say what to do.",
     "config": "Show and check the configuration.",
     "drain": "Fetch everything of lazy images, so that they need no network.",
+    "mount": "Mount a whole image at a directory, without a daemon.",
     "profile": "Learn what an image reads while it starts.",
     "pull": "Pull an image into containerd without downloading lazy layers.",
     "report": "Show how an image started, and what held it up.",
     "serve": "Run the snapshotter.",
     "status": "Show what is mounted and how much of it is local.",
+    "umount": "Unmount what `lazysnap mount` has mounted.",
 }
 """Name, which is also the module's name here, and the line for `lazysnap --help`."""
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes everything of a root down but the cache, when nothing is mounted any more.
+
+What a command left that was killed may be anything: a shard that just starts, a process that still
+unpacks. So what is found is ended and removed until nothing is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+
+import trio
+
+from lazysnap import log, mounts
+from lazysnap.errors import Internal, LazysnapError
+from lazysnap.snapshotter import trees
+from lazysnap.supervisor import Supervisor
+
+_log = log.get(__name__)
+EMPTY = "empty"
+_DIRECTORIES = ("shards", "slots", "merged", EMPTY)
+_PATIENCE_SECONDS = 30.0
+_POLL_SECONDS = 0.05
+
+
+async def take_down(root: str, supervisor: Supervisor) -> None:
+    """Unmount, end and remove everything but the cache and the database.
+
+    Args:
+        root: taken; its database has no snapshots.
+        supervisor: of its shards.
+
+    Raises:
+        Internal: something cannot be removed.
+    """
+    await trio.to_thread.run_sync(_unmount_views, root)
+    await supervisor.stop()
+    deadline = trio.current_time() + _PATIENCE_SECONDS
+    while True:
+        try:
+            if not await trio.to_thread.run_sync(_end_processes, root):
+                await trio.to_thread.run_sync(_remove, root)
+                return
+        except LazysnapError as error:
+            if trio.current_time() > deadline:
+                raise
+            _log.debug("not everything is gone yet", error=error)
+        if trio.current_time() > deadline:
+            raise Internal(f"processes of {root} do not end")
+        await trio.sleep(_POLL_SECONDS)
+
+
+def _unmount_views(root: str) -> None:
+    # Before the shards, so that none of these waits for one that has ended.
+    for name in ("merged", "snapshots"):
+        mounts.unmount_below(os.path.join(root, name))
+
+
+def _end_processes(root: str) -> int:
+    """Kill what is left of shards; how many processes there were.
+
+    Keepers that are about to start have their command line, and no lock yet that would show them.
+    """
+    wanted = {b"lazysnap.shard.keeper", os.fsencode(root)}
+    found = 0
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            process = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                words = set(file.read().split(b"\0"))
+            if wanted <= words:
+                found += 1
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended
+        finally:
+            os.close(process)
+    return found
+
+
+def _remove(root: str) -> None:
+    mounts.unmount_below(os.path.join(root, "shards"))
+    snapshots = os.path.join(root, "snapshots")
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(snapshots):
+            path = os.path.join(snapshots, name)
+            mounts.unmount_below(path)
+            trees.remove(path)
+    for name in _DIRECTORIES:
+        try:
+            shutil.rmtree(os.path.join(root, name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise Internal(f"cannot remove {root}/{name}: {error.strerror}") from error
