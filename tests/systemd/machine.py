@@ -55,7 +55,11 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 # What systemd-nspawn exits with if the system inside reboots and nobody but us is to start it again.
 _REBOOT = 133
 _SHUTDOWN_SECONDS = 300
-_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+# What is in the process namespace of `unshare` ends with it, and it ends with us.
+_ENDS_WITH_US = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--pid", "--mount-proc", "--fork", "--kill-child"),
+)
 
 
 class Machine:
@@ -260,7 +264,7 @@ class Machine:
         ]
 
     def _wait_for_leader(self) -> None:
-        """Find the first process inside: the child of nspawn that is number 1 there."""
+        """Find the first process inside, which is number 1 there."""
         nspawn = self._nspawn
         assert nspawn is not None
 
@@ -286,21 +290,22 @@ class Machine:
         return path.read_text(errors="replace") if path.exists() else ""
 
 
-def _first_below(parent: int) -> int:
-    """The child of a process that is number 1 of a process namespace, or 0."""
+def _first_below(ancestor: int) -> int:
+    """The system that a process started: number 1 of a process namespace, or 0 if not there yet."""
+    parents, systems = {}, []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, KeyError):
-                lines = (entry / "status").read_text().splitlines()
-                status = dict(line.split(":", 1) for line in lines)
-                ours = status["PPid"].strip() == str(parent)
-                # It has run /sbin/init when systemd is what it is called.
-                if (
-                    ours
-                    and status["NSpid"].split()[-1] == "1"
-                    and status["Name"].strip() == "systemd"
-                ):
-                    return int(entry.name)
+        with contextlib.suppress(OSError, KeyError):
+            lines = (entry / "status").read_text().splitlines()
+            status = {name: value.split() for name, _, value in (x.partition(":") for x in lines)}
+            parents[int(status["Pid"][0])] = int(status["PPid"][0])
+            # It is called so when it has been executed in all of its namespaces.
+            if status["NSpid"][-1] == "1" and status["Name"] == ["systemd"]:
+                systems.append(int(status["Pid"][0]))
+    for system in systems:
+        pid = system
+        while pid := parents.get(pid, 0):
+            if pid == ancestor:
+                return system
     return 0
 
 
