@@ -49,6 +49,7 @@ def leftovers(cache: Cache, used_indexes: Iterable[str]) -> list[Leftover]:
     """
     used = set(used_indexes)
     found = list(_in(cache, "index", lambda entry, _: _index_leftover(entry.name, used)))
+    found += _in(cache, "trees", lambda entry, _: _tree_leftover(entry.name, used))
     for number in range(256):
         for place in ("objects", "aside"):
             found += _in(cache, f"{place}/{number:02x}", _object_leftover)
@@ -61,6 +62,12 @@ def _index_leftover(name: str, used: set[str]) -> str:
     if name in used or name.removesuffix(INDEX_TAIL) in used:
         return ""
     return f"{'tail' if name.endswith(INDEX_TAIL) else 'index'} of no mounted layer"
+
+
+def _tree_leftover(name: str, used: set[str]) -> str:
+    if ".new-" in name:
+        return "unfinished tree"
+    return "" if name.partition(".")[0] in used else "tree of no mounted layer"
 
 
 def _object_leftover(entry: os.DirEntry[str], _: os.stat_result) -> str:

@@ -153,6 +153,9 @@ def test_prune_alone_removes_only_leftovers(scene: Scene, monkeypatch: pytest.Mo
     orphan.write_bytes(b"\1")
     building = Path(scene.cache.index, "another.new-77")
     building.write_bytes(b"half")
+    trees = [Path(scene.cache.trees, name) for name in ("an-index.1", "an-index.1-ab", "x.1.new-7")]
+    for tree in trees:
+        tree.write_bytes(b"tree")
     assert scene.json("prune")["leftovers"] == []  # too young
     later = time.time() + 4000
     monkeypatch.setattr(time, "time", lambda: later)
@@ -161,6 +164,7 @@ def test_prune_alone_removes_only_leftovers(scene: Scene, monkeypatch: pytest.Mo
     assert scene.json("prune")["leftovers"] == dry["leftovers"]
     assert {left["name"].rpartition("/")[2] for left in dry["leftovers"]} == {
         torn.name, orphan.name, building.name, "an-index", "an-index.tail",
+        *(tree.name for tree in trees),
     }  # fmt: skip
     assert not torn.exists()
     assert not scene.index_path.exists()
