@@ -90,11 +90,11 @@ class Scene:
         """Have the container read what has to be fetched."""
         # What is beside something that was read may have come along with it.
         path, digest = next(file for file in self._files if not self._cached(file[1]))
-        output = self.machine.ctr(
+        # By its exit status, as `ctr tasks exec` can lose the output of a process that ends soon.
+        self.machine.ctr(
             *("tasks", "exec", "--exec-id", f"read{next(self._reads)}", _CONTAINER),
-            *("sha256sum", path),
+            *("sh", "-c", f"echo '{digest}  {path}' | sha256sum -c"),
         )
-        assert output.split() == [digest, path]
 
 
 @pytest.fixture(scope="module")
