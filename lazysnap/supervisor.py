@@ -365,7 +365,8 @@ def _in_scope(command: list[str], number: int, slice_name: str) -> list[str]:
 def _spawn(command: list[str]) -> None:
     # Through a shell that ends at once, so that the keeper is init's child and not a zombie of ours.
     subprocess.run(
-        ["/bin/sh", "-c", '"$@" </dev/null &', "sh", *command],
+        # Its output must not keep a pipe open that somebody reads from us to its end.
+        ["/bin/sh", "-c", '"$@" </dev/null >&2 &', "sh", *command],
         check=True,
         start_new_session=True,
         cwd="/",  # where the daemon was started need not stay

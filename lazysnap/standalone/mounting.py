@@ -24,6 +24,7 @@ from lazysnap.standalone import engine
 from lazysnap.standalone import root as roots
 from lazysnap.standalone.engine import Engine
 from lazysnap.standalone.image import Composition, LayerResult, bring, composition
+from lazysnap.standalone.processes import namespace, namespace_is_in_use
 from lazysnap.standalone.records import Record, forget_unused, new_source, records
 from lazysnap.standalone.teardown import EMPTY, take_down
 from lazysnap.store.snapshots import SnapshotStore
@@ -81,7 +82,8 @@ async def mount(
         FailedPrecondition, InvalidArgument, AlreadyExists: it cannot be mounted there.
         LazysnapError: the image cannot be had, or the kernel refused.
     """
-    roots.check_privileges()
+    roots.check_mounting()
+    roots.check_fuse()
     _check_mountpoint(root, request.mountpoint)
     hosts = frozenset({request.reference.host} if request.plain_http else ())
     settings = engine.registry_settings(hosts)
@@ -90,7 +92,9 @@ async def mount(
         async with roots.taken(root):
             store = engine.open_store(root)
             try:
-                _forget(store)
+                if not _forget(root, store):
+                    # Shards that are left may be in a mount namespace that nobody else is in.
+                    await take_down(root, engine.new_supervisor(root))
                 source = new_source()
                 try:
                     return await engine.run(
@@ -126,7 +130,7 @@ async def _mount(
         request.reference.name,
         image.descriptor.digest,
         source,
-        roots.namespace(),
+        namespace(),
     )
     make = parts.snapshotter.prepare if request.writable else parts.snapshotter.view
     shown = composition(await make(record.key, top, record.labels()))
@@ -179,6 +183,7 @@ async def unmount(root: str, mountpoint: str, *, lazy: bool) -> bool:
         FailedPrecondition: something else is mounted there, or it is in use.
         LazysnapError: something cannot be removed.
     """
+    roots.check_mounting()
     there = mounts.mounted_at(mountpoint)
     if not roots.exists(root):
         if there is not None:
@@ -194,7 +199,7 @@ async def unmount(root: str, mountpoint: str, *, lazy: bool) -> bool:
                     raise _foreign(mountpoint)
                 await _unmount(mountpoint, lazy)
             with trio.CancelScope(shield=True):
-                _forget(store)
+                _forget(root, store)
                 await _settle(root, store, registry)
         finally:
             store.close()
@@ -223,22 +228,22 @@ def _foreign(mountpoint: str) -> FailedPrecondition:
     )
 
 
-def _forget(store: SnapshotStore) -> None:
-    """Forget mounts that are no more."""
+def _forget(root: str, store: SnapshotStore) -> bool:
+    """Forget mounts that are no more; whether there are any others."""
     points = mounts.mount_points()
     visible = {point.source for point in points}
-    ours = roots.namespace()
+    ours = namespace()
     for record in records(store):
         if (
             record.source not in visible
             and record.namespace != ours
-            and roots.namespace_is_in_use(record.namespace)
+            and namespace_is_in_use(record.namespace, root)
         ):
             raise FailedPrecondition(
                 f"{record.mountpoint} is mounted from this root in another mount namespace",
                 hint="unmount it there, or give another directory with --root",
             )
-    forget_unused(store, points)
+    return bool(forget_unused(store, points))
 
 
 def _drop(mountpoint: str, source: str) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 from collections.abc import AsyncIterator
@@ -33,7 +32,7 @@ def default_root() -> str:
     return os.path.join(os.path.abspath(home), "lazysnap-standalone")
 
 
-def check_privileges() -> None:
+def check_mounting() -> None:
     """See that this process may mount at all.
 
     Raises:
@@ -44,6 +43,14 @@ def check_privileges() -> None:
             "mounting takes root, or a user namespace with mounts of its own",
             hint="as an ordinary user: unshare --user --map-root-user --mount, and there again",
         )
+
+
+def check_fuse() -> None:
+    """See that this process may serve a file system.
+
+    Raises:
+        FailedPrecondition: it may not; the hint says what is missing.
+    """
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -69,24 +76,6 @@ def _owns_mounts() -> bool:
         return False  # it belongs to a namespace above ours
     except OSError:
         return True  # a kernel without namespaces
-
-
-def namespace() -> str:
-    """Our mount namespace, as the kernel calls it."""
-    try:
-        return os.readlink("/proc/self/ns/mnt")
-    except OSError:
-        return ""
-
-
-def namespace_is_in_use(name: str) -> bool:
-    """Whether a process that we can look at is in a mount namespace."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry}/ns/mnt") == name:
-                    return True
-    return False
 
 
 def exists(root: str) -> bool:

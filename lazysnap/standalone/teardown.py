@@ -8,6 +8,7 @@ unpacks. So what is found is ended and removed until nothing is found.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import trio
 from lazysnap import log, mounts
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.snapshotter import trees
+from lazysnap.standalone.processes import shard_processes
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -60,34 +62,20 @@ def _unmount_views(root: str) -> None:
 
 
 def _end_processes(root: str) -> int:
-    """Kill what is left of shards; how many processes there were.
-
-    Keepers that are about to start have their command line, and no lock yet that would show them.
-    """
-    wanted = {b"lazysnap.shard.keeper", os.fsencode(root)}
+    """Kill what is left of shards; how many processes there were."""
     found = 0
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            process = os.pidfd_open(int(name))
-        except OSError:
-            continue
-        try:
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                words = set(file.read().split(b"\0"))
-            if wanted <= words:
-                found += 1
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-        except OSError:
-            pass  # it has ended
-        finally:
-            os.close(process)
+    for _, process in shard_processes(root):
+        found += 1
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
     return found
 
 
 def _remove(root: str) -> None:
-    mounts.unmount_below(os.path.join(root, "shards"))
+    mounts.unmount_below(root)
+    # Of a command that was killed while it tried what the kernel can.
+    for path in glob.glob(os.path.join(glob.escape(root), "cache", "new-*")):
+        shutil.rmtree(path, ignore_errors=True)
     snapshots = os.path.join(root, "snapshots")
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(snapshots):

@@ -103,6 +103,7 @@ class Scene:
         assert os.listdir(self.point) == []
         if self.root.exists():
             assert {path.name for path in self.root.iterdir()} <= _STAYS
+            assert list((self.root / "cache").glob("new-*")) == []
             assert not (self.root / "snapshots").exists() or not any(
                 (self.root / "snapshots").iterdir()
             )

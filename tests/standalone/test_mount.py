@@ -312,6 +312,29 @@ def test_in_a_user_namespace(it: Scene) -> None:
     it.assert_clean()
 
 
+def test_a_mount_in_another_namespace_is_left_alone_until_that_has_ended(it: Scene) -> None:
+    made = layout(it.directory / "layout", ["estargz", "plain", "zstd"], _PAYLOAD)
+    script = f"{' '.join(it.command('mount', f'oci:{made.path}', it.point))} && echo ready && cat"
+    other = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    done = it.run("umount", it.point)
+    assert done.returncode != 0
+    assert "another mount namespace" in done.stderr
+    _refused(it, f"oci:{made.path}", it.point, says="another mount namespace")
+    other.communicate(timeout=SECONDS)
+    it.mount(f"oci:{made.path}")
+    _look(it.point)
+    it.umount()
+    it.assert_clean()
+
+
 # -- what ends in the middle ----------------------------------------------------------------------
 
 
