@@ -102,6 +102,7 @@ class Fetcher:
         self.counters = self._requests.counters
         self.trace = self._requests.trace
         self._flights = self._requests.flights
+        self.kept = self._requests.kept
         self._window = _WINDOW_LEAST
         self._sequential = False
         self._next_sequential = -1

@@ -92,14 +92,29 @@ class LayerReader:
         size = min(size, file.size - offset)
         if size <= 0:
             return b""
-        for _ in range(_ATTEMPTS):
-            content = await self._open(file)
-            # Other tasks run in between, and may make the table evict it.
-            with self._contents.holding(content):
-                data = await self._attempt(content, node, file, offset, size)
-            if data is not None:
-                return data
+        kept: list[int] = []
+        try:
+            for _ in range(_ATTEMPTS):
+                content = await self._open(file)
+                # Other tasks run in between, and may make the table evict it.
+                with self._contents.holding(content):
+                    data = await self._attempt(content, node, file, offset, size)
+                if data is not None:
+                    return data
+                if not kept:
+                    # What was fetched is read from the cache now. If it was evicted meanwhile, as
+                    # the disk is full, the next attempt gets what it has to fetch again from memory.
+                    kept = self._members(node, offset, size)
+                    self.fetcher.kept.update(kept)
+        finally:
+            self.fetcher.kept.difference_update(kept)
         raise Internal("bytes vanish from the cache as soon as they are stored")
+
+    def _members(self, node: int, offset: int, size: int) -> list[int]:
+        """The members that a range of a file is in."""
+        first = self.index.chunk_at(node, offset)
+        last = self.index.chunk_at(node, offset + size - 1)
+        return [self.index.chunk(i).member for i in range(first, last + 1)]
 
     async def _attempt(
         self, content: Content | None, node: int, file: FileContent, offset: int, size: int

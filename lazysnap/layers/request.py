@@ -22,6 +22,7 @@ import trio
 
 from lazysnap import log, tracing
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError
+from lazysnap.index.model import Chunk
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.contents import Contents, Parts, store_chunk
 from lazysnap.layers.decode import Decoded, Store, decode_members
@@ -149,6 +150,8 @@ class Requests:
         self.trace = Trace()
         self.counters = Counters()
         self.flights: dict[int, Flight] = {}
+        # Members whose chunks evaporate from a full cache before anybody has read them.
+        self.kept: set[int] = set()
         self.host = host
         self._source = source
         self._contents = contents
@@ -267,7 +270,7 @@ class Requests:
     ) -> None:
         index, members = self.index, list(flights)
         parts: dict[int, Parts | None] = {}
-        store = partial(store_chunk, self._contents, index, parts)
+        store = partial(self._store, parts)
         try:
             for number in members:
                 for i in index.member_chunks(number):
@@ -293,6 +296,13 @@ class Requests:
             for held in parts.values():
                 if held is not None:
                     self._contents.release(held)
+
+    def _store(
+        self, parts: Mapping[int, Parts | None], i: int, chunk: Chunk, data: memoryview
+    ) -> bool:
+        """In a thread: store a chunk; False also for one that shall be handed to who waits."""
+        stored = store_chunk(self._contents, self.index, parts, i, chunk, data)
+        return stored and chunk.member not in self.kept
 
     def _land(self, flights: Flights, decoded: Decoded) -> None:
         self.counters.bytes_decoded += decoded.size

@@ -444,3 +444,17 @@ async def test_the_error_names_the_file(tmp_path: Path) -> None:
         e.source.blob = bytes(data)
         with pytest.raises((DigestMismatch, LazysnapError), match=r"/f|damaged|cut off"):
             await e.read("f")
+
+
+@pytest.mark.parametrize("chunk_size", [0, 100_000])
+async def test_what_is_evicted_before_it_is_read_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_size: int
+) -> None:
+    data = os.urandom(250_000)
+    layer = layers.estargz([layers.file("f", data)], chunk_size=chunk_size or 1 << 20)
+    async with engine(layer, tmp_path) as e:
+        objects = e.contents.cache.objects
+        monkeypatch.setattr(objects, "open", lambda key, size: None)
+        monkeypatch.setattr(objects, "exists", lambda key, size: False)
+        monkeypatch.setattr(e.contents, "create", lambda index, content: None)
+        assert await e.read("f") == data
