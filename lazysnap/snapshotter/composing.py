@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 
+_PREFIX = "new-probe-"
 _DATA = b"served by the kernel\n"
 
 
@@ -65,6 +67,23 @@ def merge_trees(lower: Sequence[str], data: Sequence[str], source: str, target: 
     mount_read_only_overlay(lower, data, options, target)
 
 
+def clean(directory: str) -> None:
+    """Remove what a process left that was killed while it tried.
+
+    Args:
+        directory: where it tried; nobody may do so at the moment.
+
+    Raises:
+        LazysnapError: something stays mounted.
+        OSError: the directory cannot be read.
+    """
+    for name in os.listdir(directory):
+        if name.startswith(_PREFIX):
+            probe = os.path.join(os.path.realpath(directory), name)
+            mounts.unmount_below(probe)
+            shutil.rmtree(probe, ignore_errors=True)
+
+
 def why_not(directory: str) -> str:
     """Why trees cannot be served by the kernel; empty if they can.
 
@@ -72,7 +91,7 @@ def why_not(directory: str) -> str:
         directory: writable, on the file system of the cache.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="new-probe-", dir=directory) as probe:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as probe:
             return _try(probe)
     except (OSError, LazysnapError) as error:
         return str(error)

@@ -27,7 +27,7 @@ from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
 from lazysnap.mounts import MountPoint
 from lazysnap.shard.settings import serve_xattrs_everywhere
-from lazysnap.snapshotter.composing import merge_trees, mount_tree, why_not
+from lazysnap.snapshotter.composing import clean, merge_trees, mount_tree, why_not
 from lazysnap.snapshotter.remote import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
@@ -47,6 +47,8 @@ class Showing:
     def __init__(self, cache: Cache, supervisor: Supervisor, *, kernel_trees: bool) -> None:
         self._cache = cache
         self._supervisor = supervisor
+        with contextlib.suppress(LazysnapError, OSError):  # the next start tries again
+            clean(cache.root)
         problem = why_not(cache.root) if kernel_trees else "it is switched off"
         self.composing = not problem
         self._merged_root = os.path.join(supervisor.root, "merged")

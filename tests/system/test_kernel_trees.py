@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazysnap import mounts
-from lazysnap.snapshotter.composing import why_not
+from lazysnap.snapshotter.composing import clean, why_not
 from tests.support import layers
 from tests.support.stack import SNAPSHOTTER, Stack, stack, wait_until
 
@@ -59,6 +59,15 @@ def _contents(tree: Path) -> dict[str, bytes]:
 def test_this_machine_can_do_it(tmp_path: Path) -> None:
     release = tuple(int(part) for part in os.uname().release.split(".")[:2])
     assert bool(why_not(str(tmp_path))) == (release < (6, 12))
+    assert mounts.mounted_below(str(tmp_path)) == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_try_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "new-probe-abc"
+    (left / "tree").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(left / "tree")], check=True)
+    clean(str(tmp_path))
     assert mounts.mounted_below(str(tmp_path)) == []
     assert os.listdir(tmp_path) == []
 
