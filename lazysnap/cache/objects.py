@@ -43,7 +43,7 @@ class ObjectStore:
         aside: the other one, on the same file system; likewise.
 
     Attributes:
-        holding: put new objects aside, until `seal` is called when this is no longer so.
+        holding: put new objects aside, until `release` or `seal` is called when this is no longer so.
     """
 
     def __init__(self, root: str, aside: str) -> None:
@@ -235,9 +235,14 @@ class ObjectStore:
                 if self._seal(key, before):
                     self._unsealed.discard(key)
                     sealed += 1
-        while self._held and not self.holding:
-            self._move(self._held.pop(), to=self._objects)
+        self.release()
         return sealed
+
+    def release(self) -> None:
+        """Move what was held to the objects, unless more is to be held."""
+        while self._held and not self.holding:
+            with contextlib.suppress(KeyError):  # another thread was faster
+                self._move(self._held.pop(), to=self._objects)
 
     def _seal(self, key: bytes, before: int) -> bool:
         """Mark one object, unless it was written after `before` and may not have been synced."""

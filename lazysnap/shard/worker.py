@@ -295,6 +295,8 @@ class Worker:
                 layer.recorder = None
             joined = await trio.to_thread.run_sync(reads_of, layer.index, notes, since)
             found.setdefault(layer.record.layer_digest, []).extend(msgspec.to_builtins(joined))
+        self.cache.objects.holding = self._start_is_watched()
+        await trio.to_thread.run_sync(self.cache.objects.release)
         if lost:
             raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")
         return found

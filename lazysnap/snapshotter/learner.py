@@ -9,7 +9,7 @@ was replaced, teaches nothing. Advice only: whatever goes wrong here is logged a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import trio
@@ -40,7 +40,8 @@ class Learner:
         self._supervisor = supervisor
         self._enabled = enabled
         self._seconds = seconds
-        self._watching: set[str] = set()
+        self._watching: dict[str, trio.Event] = {}
+        self._watched: set[str] = set()
 
     async def reads(self, record: SlotRecord) -> list[object]:
         """What the profile of a layer's image says of the layer, to be fetched ahead.
@@ -63,12 +64,28 @@ class Learner:
             _log.warning("profile not used", manifest=manifest, error=error)
             return None
 
+    def watched(self, chain: Iterable[SlotRecord]) -> bool:
+        """Whether a start of an image was watched to its end, since this process began."""
+        return _manifest(chain) in self._watched
+
+    def starts_again(self, chain: Iterable[SlotRecord]) -> None:
+        """A container is about to start: end watching an earlier one of the same image.
+
+        From now on the kernel may read by itself what is there, which is of more use to the second
+        container than what more could be learned.
+        """
+        manifest = _manifest(chain)
+        watching = self._watching.get(manifest)
+        if watching is not None:
+            watching.set()
+            self._watched.add(manifest)
+
     async def started(self, chain: Sequence[SlotRecord]) -> None:
         """A container starts on these layers, nearest first; returns when it was watched."""
-        manifest = next((record.manifest for record in chain if record.manifest), "")
+        manifest = _manifest(chain)
         if not manifest or manifest in self._watching:
             return
-        self._watching.add(manifest)
+        self._watching[manifest] = trio.Event()
         try:
             known = await self._find(manifest)
             if known is not None:
@@ -80,7 +97,8 @@ class Learner:
         except Exception:  # advice must not end the daemon
             _log.exception("start not learned", manifest=manifest)
         finally:
-            self._watching.discard(manifest)
+            del self._watching[manifest]
+            self._watched.add(manifest)
 
     async def _apply(self, profile: Profile, chain: Sequence[SlotRecord]) -> None:
         """Fetch what a start needs of layers that came with other images, or were evicted."""
@@ -100,7 +118,8 @@ class Learner:
             await self._supervisor.call(
                 shard, "record", timeout=_CALL_SECONDS, slots=slots, since=since
             )
-        await trio.sleep(self._seconds)
+        with trio.move_on_after(self._seconds):
+            await self._watching[manifest].wait()
         layers: dict[str, list[Read]] = {}
         failed: LazysnapError | None = None
         for shard, slots in by_shard.items():  # all of them, so that none goes on recording
@@ -118,3 +137,8 @@ class Learner:
         if profile.layers:
             await trio.to_thread.run_sync(self._store.add, profile)
             _log.info("start learned", manifest=manifest, bytes=profile.size())
+
+
+def _manifest(chain: Iterable[SlotRecord]) -> str:
+    """The digest of an image's manifest, if a layer tells it."""
+    return next((record.manifest for record in chain if record.manifest), "")

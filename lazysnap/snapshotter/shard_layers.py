@@ -274,8 +274,10 @@ class ShardLayers:
     async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
         """The directories that overlay is to have; see `RemoteLayers`."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
-        local = all(attachment.slot in self._local for attachment in lazy)
-        return await trio.to_thread.run_sync(partial(self._showing.lower, layers, local=local))
+        stage = "local" if all(each.slot in self._local for each in lazy) else ""
+        if not stage:
+            stage = "watched" if self._learner.watched(map(record_of, lazy)) else ""
+        return await trio.to_thread.run_sync(partial(self._showing.lower, layers, stage=stage))
 
     def starting(self, chain: Sequence[Attached]) -> None:
         """A container is about to start; see `RemoteLayers`."""
@@ -284,6 +286,7 @@ class ShardLayers:
         except LazysnapError as error:
             _log.warning("start not watched", error=error)
             return
+        self._learner.starts_again(records)
         self._nursery.start_soon(self._learner.started, records)
 
     async def restore(self, attached: Sequence[Attached]) -> None:

@@ -103,13 +103,13 @@ class Showing:
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
         return shard is not None and shard.device == there.device
 
-    def lower(self, layers: Sequence[Lower], *, local: bool) -> Sequence[str]:
+    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
         """The directories that overlay is to have; see `RemoteLayers`.
 
         Args:
             layers: as there.
-            local: the cache has all of them. What overlay once found on a shard it goes on reading
-                from there, so from then on another mount is used, in which it finds objects only.
+            stage: of the image's life on this node. What overlay once found on a shard it goes on
+                reading from there; so in another stage another mount is used, in which it finds objects.
         """
         directories = [layer.directory for layer in layers]
         if not self.composing:
@@ -117,12 +117,12 @@ class Showing:
         first = next(i for i, layer in enumerate(layers) if layer.attachment is not None)
         try:
             with self._lock:
-                return [*directories[:first], self._merged(layers[first:], local)]
+                return [*directories[:first], self._merged(layers[first:], stage)]
         except LazysnapError as error:
             _log.warning("shards serve the trees of an image", why=error)
             return [self._whole(layer) for layer in layers]
 
-    def _merged(self, layers: Sequence[Lower], local: bool) -> str:
+    def _merged(self, layers: Sequence[Lower], stage: str) -> str:
         """A directory that shows the uppermost layer, which is lazy, on all below it."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
         top = lazy[0].slot
@@ -131,7 +131,7 @@ class Showing:
         shards = [self._supervisor.mountpoint(n) for n in dict.fromkeys(a.shard for a in lazy)]
         # A shard that was mounted anew is another file system.
         source = "+".join(["lazysnap", *(devices.get(shard, "none") for shard in shards)])
-        source += "+local" * local
+        source += f"+{stage}" * bool(stage)
         target = os.path.join(self._merged_root, str(top))
         there = mounts.mounted_at(target, points)
         if there is not None:

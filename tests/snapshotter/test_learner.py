@@ -72,6 +72,21 @@ def _found(tmp_path: Path) -> Profile | None:
     return ProfileStore(str(tmp_path)).find(_MANIFEST)
 
 
+async def test_another_start_ends_watching_the_first(tmp_path: Path, clock: Clock) -> None:
+    shards = Shards()
+    learner = _learner(tmp_path, shards)
+    chain = [_record(1)]
+    async with trio.open_nursery() as nursery:
+        learner.starts_again(chain)
+        nursery.start_soon(learner.started, chain)
+        await trio.sleep(5)
+        assert not learner.watched(chain)
+        learner.starts_again(chain)
+        assert learner.watched(chain)
+    assert trio.current_time() < 10
+    assert _found(tmp_path) is not None
+
+
 async def test_a_start_is_watched_on_all_shards_and_learned(tmp_path: Path, clock: Clock) -> None:
     shards = Shards()
     chain = [_record(1), _record(2, shard=1), _record(3)]
