@@ -14,7 +14,8 @@ from lazysnap.layers.profile import Read, coalesce
 
 # A start that reads more often than this is not helped by a profile.
 _MOST = 50_000
-# What reads more than this is not waited for.
+# What reads more than this is not waited for, nor what reads nothing for so long.
+_OVER_SECONDS = 5.0
 _STARTS_AT_MOST = 5_000
 # Who has not come for a session by then never will.
 _EXPIRES_SECONDS = 3600.0
@@ -57,8 +58,12 @@ class Recorder:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether so little was read that it may be a start, and no copying of everything."""
-        return bool(self._sessions) and len(self._notes) < _STARTS_AT_MOST
+        """Whether a start may be going on: something was read lately, and not everything."""
+        if not self._sessions:
+            return False
+        last = self._notes[-1][3] if self._notes else 0.0
+        quiet = time.monotonic() - max(last, *self._sessions)
+        return len(self._notes) < _STARTS_AT_MOST and quiet < _OVER_SECONDS
 
     def note(self, node: int, offset: int, size: int) -> None:
         """A range of a file is read now.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 
 import msgspec
 import pytest
@@ -272,3 +273,18 @@ def test_a_recorder_that_is_forgotten_takes_bounded_memory(now: list[float]) -> 
     recorder.begin(now[0])
     assert recorder.end(1000.0) is None
     assert recorder.end(now[0]) == []
+
+
+def test_a_start_is_over_when_nothing_or_everything_is_read() -> None:
+    recorder = Recorder()
+    assert not recorder.worthwhile
+    recorder.begin(time.monotonic())
+    assert recorder.worthwhile
+    for number in range(6_000):
+        recorder.note(number, 0, 1)
+    assert not recorder.worthwhile
+    slow = Recorder()
+    slow.begin(time.monotonic() - 60)
+    assert not slow.worthwhile
+    slow.note(1, 0, 1)
+    assert slow.worthwhile
