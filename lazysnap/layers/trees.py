@@ -24,7 +24,6 @@ from lazysnap.cache import Cache
 from lazysnap.erofs.image import build
 from lazysnap.erofs.trailer import overwrite, read_trailer
 from lazysnap.errors import FormatError, Internal
-from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import Inherited
 from lazysnap.layers.view import open_index
 
@@ -32,39 +31,29 @@ _log = log.get(__name__)
 _END = struct.Struct("<II")
 # Another writer gives other images: a part of the name.
 _VERSION = 1
-_OPAQUE = b"trusted.overlay.opaque"
 
 
-def tree_name(
-    index_name: str, inherited: Sequence[Inherited] = (), opaque_xattr: bytes = _OPAQUE
-) -> str:
+def tree_name(index_name: str, inherited: Sequence[Inherited] = ()) -> str:
     """The name of an image.
 
     Args:
         index_name: of the layer's index.
         inherited: attributes of directories that the layer leaves out.
-        opaque_xattr: name of the xattr that marks opaque directories.
     """
     name = f"{index_name}.{_VERSION}"
-    if not inherited and opaque_xattr == _OPAQUE:
+    if not inherited:
         return name
-    place = msgspec.msgpack.encode((opaque_xattr, list(inherited)))
+    place = msgspec.msgpack.encode(list(inherited))
     return f"{name}-{hashlib.sha256(place).hexdigest()[:32]}"
 
 
-def ensure_tree(
-    cache: Cache,
-    index_name: str,
-    inherited: Sequence[Inherited] = (),
-    opaque_xattr: bytes = _OPAQUE,
-) -> str:
+def ensure_tree(cache: Cache, index_name: str, inherited: Sequence[Inherited] = ()) -> str:
     """Make sure that the image of a tree is there and whole.
 
     Args:
         cache: that has the layer's index.
         index_name: of the layer's index.
         inherited: attributes of directories that the layer leaves out.
-        opaque_xattr: name of the xattr that marks opaque directories.
 
     Returns:
         Its path.
@@ -73,16 +62,18 @@ def ensure_tree(
         FormatError: the tree has something that such an image cannot hold.
         Internal: the index or the disk cannot be used.
     """
-    path = os.path.join(cache.trees, tree_name(index_name, inherited, opaque_xattr))
+    path = os.path.join(cache.trees, tree_name(index_name, inherited))
     if _read(path) is not None:
         return path
-    whole = opaque_xattr == _OPAQUE and not any(entry.xattrs for entry in inherited)
-    base = _read(os.path.join(cache.trees, tree_name(index_name))) if whole else None
-    image = (
-        _patched(base, inherited)
-        if base is not None
-        else build(_index(cache, index_name), opaque_xattr=opaque_xattr, inherited=inherited)
-    )
+    base = None
+    # Without anything inherited that would be the same file again; xattrs need room in the image.
+    if inherited and not any(entry.xattrs for entry in inherited):
+        base = _read(os.path.join(cache.trees, tree_name(index_name)))
+    if base is not None:
+        image = _patched(base, inherited)
+    else:
+        index = open_index(os.path.join(cache.index, index_name))
+        image = build(index, inherited=inherited)
     write_tree(path, image)
     return path
 
@@ -103,10 +94,6 @@ def write_tree(path: str, image: bytes | bytearray) -> None:
         with contextlib.suppress(OSError):
             os.unlink(aside)
         raise Internal(f"cannot store {path}: {error.strerror}") from error
-
-
-def _index(cache: Cache, name: str) -> LayerIndex:
-    return open_index(os.path.join(cache.index, name))
 
 
 def _read(path: str) -> bytes | None:

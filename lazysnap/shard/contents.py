@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from lazysnap.erofs.xattrs import PARTIAL_PREFIX
 from lazysnap.errors import NotFound
 from lazysnap.layers.slots import SlotRecord, read_slot
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
@@ -19,8 +20,6 @@ NAME = b"contents"
 _VIEW = 1 << 62
 _TOP = 1
 _FIRST_DIGITS = 2
-# A content without a digest of the whole file is called by its partial key.
-_PARTIAL = b"p-"
 _OTHER = re.compile(rb"[^0-9a-f]")
 _SLOT_MASK = (1 << 30) - 1
 _NUMBER_MASK = (1 << 32) - 1
@@ -59,7 +58,7 @@ class ContentView:
         if number == _TOP:
             first = _raw(name, 1)
             return None if first is None else _VIEW | slot << 32 | _FIRST_DIGITS + first[0]
-        digits = name.removeprefix(_PARTIAL)
+        digits = name.removeprefix(PARTIAL_PREFIX)
         key = _raw(digits, 32)
         if key is None or key[0] != number - _FIRST_DIGITS:
             return None
