@@ -26,9 +26,9 @@ from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
 from lazysnap.cache.verification import Verification, verify
 from lazysnap.cli import units
-from lazysnap.cli.units import bytes_text
 from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
+from lazysnap.quantities import bytes_text
 
 _EXIT_REPAIRED = 1
 _EXIT_WRONG = 2

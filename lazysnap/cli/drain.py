@@ -20,8 +20,9 @@ from lazysnap import channel, config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.inquiry import inquire, shard_socket
 from lazysnap.cli.status import readable_root
-from lazysnap.cli.units import bytes_text, duration
+from lazysnap.cli.units import duration
 from lazysnap.errors import LazysnapError, NotFound
+from lazysnap.quantities import bytes_text
 from lazysnap.reference import Reference
 
 _CALL_SECONDS = 30.0

@@ -11,8 +11,8 @@ import click
 
 from lazysnap import log
 from lazysnap.cli import interrupt
-from lazysnap.cli.units import bytes_text
 from lazysnap.oci import Platform
+from lazysnap.quantities import bytes_text
 from lazysnap.reference import ARCHIVE, LAYOUT, Reference
 from lazysnap.standalone.image import LayerResult
 from lazysnap.standalone.mounting import Mounted, Request, mount

@@ -17,8 +17,8 @@ from lazysnap.cli import interrupt
 from lazysnap.cli.drain import chosen
 from lazysnap.cli.inquiry import database, inquire, slot_records
 from lazysnap.cli.status import readable_root
-from lazysnap.cli.units import bytes_text
 from lazysnap.errors import InvalidArgument
+from lazysnap.quantities import bytes_text
 from lazysnap.report.gather import Question, gather
 from lazysnap.report.model import Report
 from lazysnap.report.page import page

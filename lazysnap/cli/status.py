@@ -18,8 +18,8 @@ import trio
 from lazysnap import config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.inquiry import inquire
-from lazysnap.cli.units import bytes_text
 from lazysnap.errors import ConfigError
+from lazysnap.quantities import bytes_text
 
 _EXIT_SILENT_SHARD = 1
 _CLEAR = "\033[H\033[2J\033[3J"

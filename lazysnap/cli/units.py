@@ -36,12 +36,3 @@ def _quantity(value: str, units: Mapping[str, int], what: str) -> float:
     if match is None or factor is None:
         raise click.BadParameter(f"{value!r} is no {what}")
     return float(match[1]) * factor
-
-
-def bytes_text(number: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"

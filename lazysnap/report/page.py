@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from xml.etree.ElementTree import Element
 
+from lazysnap.quantities import bytes_text
 from lazysnap.report.markup import Child, document, element
 from lazysnap.report.model import Layer, Report, Savings
 from lazysnap.report.sections import sections
 from lazysnap.report.style import STYLE
 from lazysnap.report.waterfall import waterfall
-from lazysnap.report.words import bytes_text, layer_text, seconds_text
+from lazysnap.report.words import layer_text, seconds_text
 
 _LEGEND = (
     ("demand", "fetched as a reader asked for it"),

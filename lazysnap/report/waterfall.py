@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable
 from xml.etree.ElementTree import Element
 
+from lazysnap.quantities import bytes_text
 from lazysnap.report.markup import element
 from lazysnap.report.model import Report
 from lazysnap.report.sections import Bar, Row, Section
-from lazysnap.report.words import bytes_text, layer_text, seconds_text
+from lazysnap.report.words import layer_text, seconds_text
 
 _LABELS = 340.0
 _CHART = 860.0

@@ -6,15 +6,6 @@ from __future__ import annotations
 from lazysnap.report.model import Layer
 
 
-def bytes_text(number: float) -> str:
-    """A number of bytes."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
-
-
 def seconds_text(number: float) -> str:
     """A duration."""
     if abs(number) < 1:
