@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls between processes: msgpack frames over a unix socket.
 
-A frame is a 4-byte big-endian length and a msgpack map. A request is `{"call": name, "args": {...}}`;
+A frame is as in `lazysnap.frames`. A request is `{"call": name, "args": {...}}`;
 the answer is `{"ok": value}` or `{"error": {"class", "message", "hint", "reason"}}`. Each call uses a
 connection of its own, so nothing has to be put together again when either side restarts. Knows
 nothing of what is called.
@@ -12,47 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import msgpack
 import trio
 
-from lazysnap import errors, log
+from lazysnap import errors, frames, log
 from lazysnap.errors import Internal, LazysnapError, Unavailable
 
-_LENGTH = struct.Struct(">I")
-MAX_FRAME = 64 << 20
 _log = log.get(__name__)
 
 Handler = Callable[..., Awaitable[Any]]
-
-
-def pack(message: Mapping[str, Any]) -> bytes:
-    """One frame with this message."""
-    body: bytes = msgpack.packb(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-def pack_error(error: LazysnapError) -> dict[str, Any]:
-    """The map that stands for an error in an answer."""
-    return {
-        "class": type(error).__name__,
-        "message": error.message,
-        "hint": error.hint,
-        "reason": error.reason,
-    }
-
-
-def unpack_error(packed: Mapping[str, Any]) -> LazysnapError:
-    """The error that `pack_error` made this from."""
-    return errors.rebuilt(
-        str(packed.get("class")),
-        str(packed.get("message")),
-        packed.get("hint"),
-        packed.get("reason"),
-    )
 
 
 async def receive(stream: trio.abc.ReceiveStream) -> dict[str, Any] | None:
@@ -61,22 +31,32 @@ async def receive(stream: trio.abc.ReceiveStream) -> dict[str, Any] | None:
     Raises:
         Unavailable: the stream ended inside a frame, or what came is not a frame.
     """
-    head = await _exactly(stream, _LENGTH.size)
+    head = await _exactly(stream, frames.LENGTH.size)
     if head is None:
         return None
-    (length,) = _LENGTH.unpack(head)
-    if length > MAX_FRAME:
-        raise Unavailable(f"a frame of {length} bytes is not one of ours")
-    body = await _exactly(stream, length)
+    body = await _exactly(stream, frames.length(head))
     if body is None:
         raise Unavailable("the peer went away in the middle of a message")
-    try:
-        message = msgpack.unpackb(body, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise Unavailable(f"a frame that is not msgpack: {error}") from error
-    if not isinstance(message, dict):
-        raise Unavailable("a frame that holds no map")
-    return message
+    return frames.unpack(body)
+
+
+async def answer_of(stream: trio.abc.ReceiveStream, path: str) -> Any:
+    """What the peer answers to the call that was sent to it.
+
+    Args:
+        stream: the connection.
+        path: where the peer listens; for messages.
+
+    Raises:
+        Unavailable: there is no answer.
+        LazysnapError: what the handler raised.
+    """
+    answer = await receive(stream)
+    if answer is None:
+        raise Unavailable(f"the peer at {path} hung up without an answer")
+    if "error" in answer:
+        raise frames.unpack_error(answer["error"])
+    return answer.get("ok")
 
 
 async def _exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes | None:
@@ -115,17 +95,13 @@ async def call(path: str, name: str, *, timeout: float, **args: Any) -> Any:
             raise Unavailable(f"nobody answers at {path}: {error.strerror}") from error
         async with stream:
             try:
-                await stream.send_all(pack({"call": name, "args": args}))
+                await stream.send_all(frames.pack({"call": name, "args": args}))
             except trio.BrokenResourceError as error:
                 raise Unavailable(f"the peer at {path} went away: {error}") from error
-            answer = await receive(stream)
+            answer = await answer_of(stream, path)
     if scope.cancelled_caught:
         raise Unavailable(f"{path} did not answer {name!r} within {timeout:g} s")
-    if answer is None:
-        raise Unavailable(f"the peer at {path} hung up without an answer")
-    if "error" in answer:
-        raise unpack_error(answer["error"])
-    return answer.get("ok")
+    return answer
 
 
 async def serve(
@@ -162,12 +138,14 @@ async def _answer(handlers: Mapping[str, Handler], request: Mapping[str, Any]) -
     try:
         if handler is None:
             raise errors.InvalidArgument(f"there is no call {name!r}")
-        return pack({"ok": await handler(**request.get("args", {}))})
+        return frames.pack({"ok": await handler(**request.get("args", {}))})
     except LazysnapError as error:
-        return pack({"error": pack_error(error)})
+        return frames.pack({"error": frames.pack_error(error)})
     except Exception as error:  # an edge: a bug in one call must not end the process
         _log.exception("call failed", call=name)
-        return pack({"error": pack_error(Internal(f"{name}: {type(error).__name__}: {error}"))})
+        return frames.pack(
+            {"error": frames.pack_error(Internal(f"{name}: {type(error).__name__}: {error}"))}
+        )
 
 
 def listen(path: str) -> trio.SocketListener:

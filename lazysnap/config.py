@@ -20,11 +20,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from lazysnap import places
 from lazysnap.errors import ConfigError
 
 DEFAULT_PATH = "/etc/lazysnap/config.toml"
-DEFAULT_ROOT = "/var/lib/lazysnap"
-DEFAULT_ADDRESS = "/run/lazysnap/lazysnap.sock"
 _DAY = 86400
 _MOST_BYTES = 1 << 60
 # Keys with this follow a changed file at SIGHUP; the others need a restart of the daemon.
@@ -193,10 +192,10 @@ class CacheSection(_Section, frozen=True):
 class Config(_Section, frozen=True):
     """The whole file."""
 
-    root: Annotated[str, Meta(min_length=1, description="directory of all state")] = DEFAULT_ROOT
+    root: Annotated[str, Meta(min_length=1, description="directory of all state")] = places.ROOT
     address: Annotated[
         str, Meta(min_length=1, description="socket that containerd connects to")
-    ] = DEFAULT_ADDRESS
+    ] = places.ADDRESS
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(extra=_RELOAD, description="debug, info, warning or error"),

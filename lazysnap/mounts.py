@@ -85,6 +85,11 @@ class OverlayFacts:
     index: bool
     user_namespace: bool
 
+    @property
+    def opaque_xattr(self) -> bytes:
+        """The attribute by which overlay marks opaque directories here."""
+        return b"user.overlay.opaque" if self.user_namespace else b"trusted.overlay.opaque"
+
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """mount(2).

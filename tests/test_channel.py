@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from lazysnap import channel
+from lazysnap import channel, frames
 from lazysnap.errors import InvalidArgument, LazysnapError, NotFound, NotLazy, Unavailable
 
 
@@ -98,6 +98,6 @@ async def test_a_new_server_takes_the_path_over(tmp_path: Path, nursery: trio.Nu
 
 
 def test_an_unknown_error_class_is_still_an_error() -> None:
-    error = channel.unpack_error({"class": "os", "message": "x", "hint": None, "reason": ""})
+    error = frames.unpack_error({"class": "os", "message": "x", "hint": None, "reason": ""})
     assert type(error).__name__ == "Internal"
-    assert type(channel.unpack_error(channel.pack_error(NotFound("y")))) is NotFound
+    assert type(frames.unpack_error(frames.pack_error(NotFound("y")))) is NotFound

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lazysnap import oci
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, InvalidArgument, LazysnapError, RegistryNotFound
-from lazysnap.oci import LayerKind, Platform
+from lazysnap.oci import LayerKind
+from lazysnap.platforms import Platform
 
 SHA = "sha256:" + "a" * 64
 LAYER = {"mediaType": oci.OCI_LAYER_GZIP, "digest": SHA, "size": 10}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of a daemon are told of its configuration."""
+
+from __future__ import annotations
+
+from lazysnap.cache.eviction import CacheLimits
+from lazysnap.config import Config
+from lazysnap.layers.schedule import Limits
+from lazysnap.registry.hosts import RegistrySettings
+from lazysnap.shard.settings import ShardSettings
+
+
+def registry_settings(config: Config) -> RegistrySettings:
+    """What clients of registries are told."""
+    return RegistrySettings(
+        plain_http_hosts=frozenset(config.registry.plain_http_hosts),
+        retry_seconds=config.registry.retry_seconds,
+        stall_seconds=config.registry.stall_seconds,
+    )
+
+
+def shard_settings(config: Config) -> ShardSettings:
+    """What workers are told."""
+    return ShardSettings(
+        registry=registry_settings(config),
+        cache=CacheLimits(
+            size_limit_bytes=config.cache.size_limit_bytes,
+            reserve_bytes=config.cache.reserve_bytes,
+            reserve_percent=config.cache.reserve_percent,
+        ),
+        log_level=config.log_level,
+        log_format=config.log_format,
+        decode_threads=config.shards.decode_threads,
+        limits=_limits(config),
+        background=config.fetch.background,
+        background_delay_seconds=config.fetch.background_delay_seconds,
+        probe_valid_seconds=config.registry.probe_valid_seconds,
+    )
+
+
+def _limits(config: Config) -> Limits:
+    """The limits of one shard; those on bytes are shared out."""
+    shards = config.shard_count()
+    return Limits(
+        connections=config.fetch.connections,
+        bytes_per_second=-(-config.fetch.bytes_per_second // shards),
+        host_bytes_per_second=-(-config.fetch.host_bytes_per_second // shards),
+    )
