@@ -26,6 +26,7 @@ import trio
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from lazysnap import places
 from lazysnap.containerd._pb import (
     diff_pb2,
     images_pb2,
@@ -41,7 +42,6 @@ from lazysnap.containerd.content import Content
 from lazysnap.containerd.snapshots import Snapshots
 from lazysnap.errors import AlreadyExists, LazysnapError, NotFound
 
-DEFAULT_ADDRESS = "/run/containerd/containerd.sock"
 LEASE_LIFE = timedelta(hours=24)
 """After this a lease that was left behind is void. containerd has no call that renews one."""
 
@@ -105,7 +105,7 @@ class Containerd:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str = places.CONTAINERD,
         namespace: str = "default",
         *,
         connection: Connection | None = None,

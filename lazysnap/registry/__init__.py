@@ -2,9 +2,10 @@
 """Registries: endpoints, credentials, manifests, ranges of blobs, artifacts beside images."""
 
 from lazysnap.registry.blob import RemoteBlob, Tail
-from lazysnap.registry.client import Image, Registry
+from lazysnap.registry.client import Registry
 from lazysnap.registry.credentials import Chain, Credential, CredentialSource, DockerConfig
 from lazysnap.registry.hosts import HostTable, RegistrySettings
+from lazysnap.registry.image import Image
 from lazysnap.registry.referrers import fetch_artifact, find_referrers, push_referrer
 from lazysnap.registry.stream import RangeReader
 from lazysnap.registry.transport import Statistics

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -19,13 +18,15 @@ import trio
 
 from lazysnap import log, oci
 from lazysnap.digest import Digest
-from lazysnap.errors import FormatError, InvalidArgument, LazysnapError, RegistryNotFound
+from lazysnap.errors import FormatError, InvalidArgument, LazysnapError
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import Authenticator
 from lazysnap.registry.blob import RemoteBlob, Tail
-from lazysnap.registry.credentials import CredentialSource, DockerConfig
+from lazysnap.registry.credentials import CredentialSource, standard
 from lazysnap.registry.exchange import Call, Exchange
 from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
+from lazysnap.registry.image import Image, Resolved, assemble
 from lazysnap.registry.local import Layout, LocalBlob
 from lazysnap.registry.transport import Answer, Statistics, Transport
 
@@ -35,32 +36,6 @@ ANY_DOCUMENT = ", ".join(
     (oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST, "*/*")
 )
 """Accept header for whatever is under /manifests/."""
-
-_DEEPEST_INDEX = 3
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image for one platform, without its layers.
-
-    Attributes:
-        reference: as it was asked for.
-        top: what the reference points to: an index or a manifest.
-        documents: the indexes and the manifest with their bytes, from `top` downward.
-        descriptor: of the manifest.
-        manifest: of the platform.
-        config: the image's configuration.
-        config_bytes: as the registry has it.
-    """
-
-    reference: Reference
-    top: oci.Descriptor
-    documents: tuple[tuple[oci.Descriptor, bytes], ...]
-    descriptor: oci.Descriptor
-    manifest: oci.Manifest
-    config: oci.ImageConfig
-    config_bytes: bytes
-
 
 Stream = AbstractAsyncContextManager[AsyncIterator[bytes]]
 
@@ -106,7 +81,7 @@ class Registry:
 
     Args:
         settings: limits and hosts.
-        credentials: where passwords come from; docker's configuration by default.
+        credentials: where passwords come from; the files of docker and podman by default.
         hosts: the endpoints of hosts, if not the hosts themselves.
 
     Attributes:
@@ -121,7 +96,7 @@ class Registry:
         hosts: HostTable | None = None,
     ) -> None:
         settings = settings or RegistrySettings()
-        credentials = credentials or DockerConfig(helper_seconds=settings.helper_seconds)
+        credentials = credentials or standard(settings.helper_seconds)
         self._hosts = hosts or HostTable(settings)
         self._transport = Transport(settings)
         authenticator = Authenticator(self._transport, credentials)
@@ -193,37 +168,30 @@ class Registry:
             digest.verify(data, what)
         return self._describe(answer, data, digest, what), data
 
-    async def fetch_image(self, reference: Reference, platform: oci.Platform) -> Image:
+    async def fetch_image(
+        self, reference: Reference, platform: Platform, resolved: Resolved | None = None
+    ) -> Image:
         """The manifest for a platform with what leads to it, and its configuration.
+
+        Args:
+            reference: of the image.
+            platform: to choose for where there is a choice.
+            resolved: told the manifest as soon as it is known.
 
         Raises:
             RegistryNotFound: the registry does not have it, or nothing for the platform.
             FormatError, DigestMismatch: it is malformed or not what it should be.
             RegistryError: or another of its kinds.
         """
-        top, data = await self.manifest(reference)
-        descriptor, documents = top, [(top, data)]
-        document = oci.parse_document(data, top.media_type)
-        while isinstance(document, oci.Index):
-            if len(documents) > _DEEPEST_INDEX:
-                raise FormatError(f"{reference}: too many indexes within each other")
-            descriptor = document.choose(platform)
-            _, data = await self.manifest(reference, descriptor.digest)
-            if len(data) != descriptor.size:
-                raise FormatError(
-                    f"{reference}: {descriptor.digest} has {len(data)} bytes,"
-                    f" the index says {descriptor.size}"
-                )
-            documents.append((descriptor, data))
-            document = oci.parse_document(data, descriptor.media_type)
-        config_bytes = await self.blob_bytes(reference, document.config, oci.MAX_DOCUMENT)
-        config = oci.parse_config(config_bytes)
-        oci.check_layers(document, config)
-        if config.os and config.architecture and platform.rank(config.platform) is None:
-            raise RegistryNotFound(
-                f"{reference} is for {config.platform}, not for {platform}", reason="no-platform"
-            )
-        return Image(reference, top, tuple(documents), descriptor, document, config, config_bytes)
+
+        async def read(descriptor: oci.Descriptor) -> bytes:
+            if descriptor.is_index or descriptor.is_manifest:
+                _, data = await self.manifest(reference, descriptor.digest)
+                return data
+            return await self.blob_bytes(reference, descriptor, oci.MAX_DOCUMENT)
+
+        top = await self.manifest(reference)
+        return await assemble(reference, platform, top, read, resolved)
 
     async def blob_bytes(
         self, reference: Reference, descriptor: oci.Descriptor, limit: int

@@ -244,6 +244,25 @@ class DockerConfig:
         return Credential(answer.username, answer.secret) or None
 
 
+def standard(helper_seconds: float = 10.0) -> CredentialSource:
+    """What `docker login` has left, and after that what `podman login` has.
+
+    Args:
+        helper_seconds: longest run of a helper program.
+    """
+    docker = DockerConfig(helper_seconds=helper_seconds)
+    return Chain(
+        [docker, DockerConfig(_containers_path(os.environ), helper_seconds=helper_seconds)]
+    )
+
+
+def _containers_path(environ: Mapping[str, str]) -> str:
+    """The file of `podman login`, which is of the same form (containers-auth.json(5))."""
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    directory = f"{runtime}/containers" if runtime else f"/run/containers/{os.getuid()}"
+    return environ.get("REGISTRY_AUTH_FILE") or f"{directory}/auth.json"
+
+
 async def _run(command: list[str], data: bytes, environ: Mapping[str, str]) -> tuple[int, bytes]:
     """Run a program, feed it `data`, return its exit code and the start of its output."""
     output = bytearray()

@@ -16,6 +16,7 @@ from lazysnap.errors import (
     RegistryNotFound,
     RegistryUnreachable,
 )
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import HostTable, Registry, RegistrySettings
 from lazysnap.registry.credentials import Anonymous
@@ -30,8 +31,8 @@ from tests.support.registry import (
     small_tar,
 )
 
-AMD64 = oci.Platform.parse("linux/amd64")
-ARM64 = oci.Platform.parse("linux/arm64")
+AMD64 = Platform.parse("linux/amd64")
+ARM64 = Platform.parse("linux/arm64")
 
 
 def add_index(server: FaultyRegistry, name: Reference, *entries: dict[str, object]) -> Digest:
@@ -148,7 +149,7 @@ async def test_image_by_index(server: FaultyRegistry, registry: Registry, image:
         assert [d.digest for d, _ in found.documents] == [top, pushed.digest]
         assert all(Digest.of(data) == d.digest for d, data in found.documents)
     with pytest.raises(RegistryNotFound, match="linux/amd64, linux/arm64"):
-        await registry.fetch_image(image, oci.Platform.parse("linux/s390x"))
+        await registry.fetch_image(image, Platform.parse("linux/s390x"))
 
 
 async def test_index_that_lies_about_sizes(

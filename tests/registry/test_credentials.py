@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from lazysnap.registry import Chain, Credential, DockerConfig
-from lazysnap.registry.credentials import Anonymous, Fixed
+from lazysnap.registry.credentials import Anonymous, Fixed, standard
 
 AUTH = base64.b64encode(b"me:pass:word").decode()
 ME = Credential("me", "pass:word")
@@ -182,6 +182,28 @@ async def test_chain_takes_the_first_that_knows() -> None:
     chain = Chain([Anonymous(), Fixed({"h": ME}), Fixed({"h": Credential("x", "y")})])
     assert await chain.get("h") == ME
     assert await chain.get("g") is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "path"),
+    [("REGISTRY_AUTH_FILE", "config.json"), ("XDG_RUNTIME_DIR", "containers/auth.json")],
+)
+async def test_what_podman_has_logged_in_counts_after_docker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, path: str
+) -> None:
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    file = tmp_path / path
+    monkeypatch.setenv(variable, str(file if path == "config.json" else tmp_path))
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"auths": {"h": {"auth": AUTH}, "g": {"auth": AUTH}}}))
+    (tmp_path / "docker").mkdir()
+    other = {"username": "other", "password": "x"}
+    (tmp_path / "docker" / "config.json").write_text(json.dumps({"auths": {"g": other}}))
+    source = standard()
+    assert await source.get("h") == ME
+    assert await source.get("g") == Credential("other", "x")
+    assert await source.get("f") is None
 
 
 def test_secrets_do_not_show() -> None:

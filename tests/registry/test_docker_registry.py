@@ -15,13 +15,14 @@ import pytest
 from lazysnap import oci
 from lazysnap.digest import Digest
 from lazysnap.errors import RegistryNotFound, Unauthorized
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import DockerConfig, Registry
 from lazysnap.registry.credentials import Anonymous
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import docker_registry
 
-AMD64 = oci.Platform.parse("linux/amd64")
+AMD64 = Platform.parse("linux/amd64")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lazysnap.errors import (
     RegistryError,
     RegistryNotFound,
 )
-from lazysnap.oci import Platform
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
 from tests.support import images
