@@ -139,6 +139,11 @@ class LayerIndex:
         if self.node_count == 0:
             raise ValueError("no root")
 
+    def give_back(self) -> None:
+        """Take no memory for what was read: it stays in the page cache, and is mapped again if need be."""
+        if isinstance(self._raw, mmap.mmap):
+            self._raw.madvise(mmap.MADV_DONTNEED)
+
     # Nodes.
 
     def attributes(self, node: int) -> Attributes:
@@ -276,6 +281,10 @@ class LayerIndex:
             raise _damaged("name")
         name, _, parent = self._dirent(number)
         return name, parent
+
+    def name(self, node: int) -> bytes:
+        """A name of a node, or the first of them; empty for the root."""
+        return self._first_name(node)[0] if node else b""
 
     def parent(self, node: int) -> int:
         """The directory that a node is in, or the first of them; the root is its own parent."""

@@ -40,6 +40,11 @@ class Builders:
         self.command = [sys.executable, "-P", "-m", "lazysnap.layers.builder"]
         self._limit = trio.CapacityLimiter(limit)
         self._idle: list[tuple[trio.Process, float]] = []
+        self._expected = trio.Event()
+
+    def expect(self) -> None:
+        """Something will have to be built soon: have a process start meanwhile, if `run` runs."""
+        self._expected.set()
 
     async def build(self, job: Job, tail: bytes) -> Answer:
         """Build an index.
@@ -80,16 +85,7 @@ class Builders:
                 await _end(process)  # it died while it was idle
                 process = None
         if process is None:
-            try:
-                process = await trio.lowlevel.open_process(
-                    self.command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,
-                    cwd="/",
-                )
-            except OSError as error:
-                raise Internal(f"no builder of indexes can be started: {error}") from error
+            process = await self._start()
         done = False
         try:
             yield process
@@ -101,11 +97,30 @@ class Builders:
                 with trio.CancelScope(shield=True):
                     await _end(process)
 
+    async def _start(self) -> trio.Process:
+        try:
+            return await trio.lowlevel.open_process(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            raise Internal(f"no builder of indexes can be started: {error}") from error
+
     async def run(self) -> None:
-        """End processes that were not needed for a while; all of them when cancelled."""
+        """Start processes that are expected to be needed, and end those that were not for a while.
+
+        When cancelled, it ends all of them.
+        """
         try:
             while True:
-                await trio.sleep(_IDLE_SECONDS / 4)
+                with trio.move_on_after(_IDLE_SECONDS / 4):
+                    await self._expected.wait()
+                if self._expected.is_set():
+                    self._expected = trio.Event()
+                    await self._get_ready()
                 before = trio.current_time() - _IDLE_SECONDS
                 while self._idle and self._idle[0][1] < before:
                     await _end(self._idle.pop(0)[0])
@@ -113,6 +128,15 @@ class Builders:
             with trio.CancelScope(shield=True):
                 while self._idle:
                     await _end(self._idle.pop()[0])
+
+    async def _get_ready(self) -> None:
+        if len(self._idle) + self._limit.borrowed_tokens < self._limit.total_tokens:
+            try:
+                process = await self._start()
+            except Internal as error:  # who needs it will say so
+                _log.debug("no builder started ahead", error=error)
+            else:
+                self._idle.append((process, trio.current_time()))
 
 
 async def _end(process: trio.Process) -> None:

@@ -274,7 +274,10 @@ def store_chunk(
     if content.partial_key is not None:
         if file is None:
             return False
-    elif chunk.digest is None or objects.exists(content.object_key, content.size):
+    elif chunk.digest is None or (
+        len(index.member_chunks(chunk.member)) > 1
+        and objects.exists(content.object_key, content.size)
+    ):
         return True
     for again in (True, False):
         try:

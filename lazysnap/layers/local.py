@@ -51,10 +51,9 @@ def local_share(index: LayerIndex, cache: Cache) -> LocalShare:
 
 
 def _files(index: LayerIndex) -> Iterator[FileContent]:
-    for node in range(index.node_count):
-        attributes = index.attributes(node)
-        if stat.S_ISREG(attributes.mode) and attributes.size:
-            yield index.file(node)
+    for mode, _, _, _, _, size, _, _, first, count, _, keys, _ in index.rows():
+        if size and stat.S_ISREG(mode):
+            yield FileContent(size, first, count, *index.content_keys(first, count, keys))
 
 
 def _present(index: LayerIndex, file: FileContent, cache: Cache) -> int:

@@ -7,13 +7,15 @@ Knows nothing of flights or requests. To look opens, creates and evicts nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lazysnap.cache import Cache
 from lazysnap.index.reader import LayerIndex
 
 # More than this between two members, as tables of contents may leave, is not fetched with them.
 _GAP = 256 << 10
+# No more members than this are fetched only because they lie between others.
+_BETWEEN = 64
 
 
 def adjoin(index: LayerIndex, member: int, following: int) -> bool:
@@ -33,6 +35,47 @@ def runs(index: LayerIndex, members: Sequence[int]) -> list[list[int]]:
         else:
             found.append([number])
     return found
+
+
+def filled(index: LayerIndex, members: Sequence[int], gap: int) -> Iterator[int]:
+    """Ascending numbers, with those between them that cost less than another request.
+
+    Args:
+        index: of the layer.
+        members: that are wanted, ascending.
+        gap: compressed bytes that may lie between two of them.
+    """
+    previous = -1
+    for number in members:
+        if (
+            0 <= previous < number - 1 <= previous + _BETWEEN
+            and index.member(number).blob_offset - index.member(previous).blob_end <= gap
+        ):
+            yield from range(previous + 1, number)
+        yield number
+        previous = number
+
+
+def of_range(index: LayerIndex, node: int, offset: int, size: int) -> Iterator[int]:
+    """The members that a range of a regular file is in, in order; some perhaps repeatedly.
+
+    Args:
+        index: of the layer.
+        node: of the file.
+        offset: where the range begins, in bytes.
+        size: in bytes; may reach beyond the end of the file.
+    """
+    end = min(offset + size, index.file(node).size)
+    if 0 <= offset < end:
+        for i in range(index.chunk_at(node, offset), index.chunk_at(node, end - 1) + 1):
+            member = index.chunk(i).member
+            if member >= 0:
+                yield member
+
+
+def of_file(index: LayerIndex, node: int) -> Iterator[int]:
+    """The members that a regular file is in, in order; some perhaps repeatedly."""
+    return of_range(index, node, 0, index.file(node).size)
 
 
 def present(cache: Cache, index: LayerIndex, number: int) -> bool:

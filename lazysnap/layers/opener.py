@@ -33,8 +33,9 @@ _log = log.get(__name__)
 _TAIL_LEAST = 128 << 10
 _TAIL_MOST = 2 << 20
 _TAIL_UNKNOWN = 256 << 10
-# A table of contents is about one fiftieth of its layer.
-_TAIL_SHARE = 50
+# A table of contents has some 50 bytes for each file, so this is enough for files of 6 KiB each,
+# compressed. What is missing takes another round trip; what is too much holds up the other layers.
+_TAIL_SHARE = 128
 _TOC_MOST = 64 << 20
 _RECENT_SECONDS = 30.0
 _REMEMBERED = 1024
@@ -120,6 +121,10 @@ class Opener:
         self._fetched: dict[str, float] = {}
         self._manifests: dict[Digest, oci.Manifest] = {}
 
+    def expect(self) -> None:
+        """Layers will be opened soon: get ready for them."""
+        self._builders.expect()
+
     async def open(self, source: LayerSource) -> OpenedLayer:
         """Make sure that the layer's index is on disk.
 
@@ -191,6 +196,7 @@ class Opener:
         )
 
     async def _build(self, source: LayerSource, name: str) -> int:
+        self.expect()
         blob = self._registry.source(source.reference, source.digest, source.size)
         length = _TAIL_UNKNOWN
         if source.size is not None:

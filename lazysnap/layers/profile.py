@@ -20,13 +20,14 @@ import msgspec
 from lazysnap.errors import FormatError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.fetch import Plan
+from lazysnap.layers.members import filled, of_range
 
 VERSION = 1
 ARTIFACT_TYPE = "application/vnd.lazysnap.profile.v1+json"
 MAX_SIZE = 8 << 20
-# A gap in the blob that is smaller than this is fetched too: its bytes cost less than another request.
-_GAP = 128 << 10
-_GAP_MEMBERS = 64
+# A gap in the blob that is smaller than this is fetched too. Not a large one: several requests are under
+# way at once, so that another one costs no round trip, and bytes are what the start waits for.
+_GAP = 32 << 10
 # Reads of one file that follow each other later than this are not joined: the end of a long file is
 # not needed when its beginning is.
 _TOGETHER_MS = 1000
@@ -184,30 +185,34 @@ def landmark_plan(index: LayerIndex) -> Plan | None:
 
 def _close(index: LayerIndex, batch: list[int], at: int, wanted: dict[int, float]) -> None:
     """Append a batch in the order of the blob, filling small gaps."""
-    previous = -1
-    for number in sorted(batch):
-        if 0 <= previous < number - 1 <= previous + _GAP_MEMBERS:
-            gap = index.member(number).blob_offset - index.member(previous).blob_end
-            if gap <= _GAP:
-                for between in range(previous + 1, number):
-                    wanted.setdefault(between, at)
+    for number in filled(index, sorted(batch), _GAP):
         wanted.setdefault(number, at)
-        previous = number
 
 
-def members_of(index: LayerIndex, read: Read) -> Iterable[int]:
-    """The members that a read needs; none if there is no such file, or it has not so many bytes."""
+def node_of(index: LayerIndex, read: Read) -> int:
+    """The file that a read is of; -1 if there is no such file, or it has not so many bytes."""
     node = 0
     for name in read.path.encode().split(b"/"):
         node = index.lookup(node, name)
         if node < 0:
-            return ()
+            return -1
     attributes = index.attributes(node)
     if not stat.S_ISREG(attributes.mode) or read.offset >= attributes.size or read.length <= 0:
+        return -1
+    return node
+
+
+def nodes_of(index: LayerIndex, reads: Iterable[Read]) -> set[int]:
+    """The files that some reads are of."""
+    return {node_of(index, read) for read in reads} - {-1}
+
+
+def members_of(index: LayerIndex, read: Read) -> Iterable[int]:
+    """The members that a read needs; none if it is of nothing that the layer has."""
+    node = node_of(index, read)
+    if node < 0:
         return ()
-    last = min(read.offset + read.length, attributes.size) - 1
-    chunks = range(index.chunk_at(node, read.offset), index.chunk_at(node, last) + 1)
-    return [m for i in chunks if (m := index.chunk(i).member) >= 0]
+    return of_range(index, node, read.offset, read.length)
 
 
 def from_reads(

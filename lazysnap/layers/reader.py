@@ -38,6 +38,7 @@ class LayerReader:
         contents: the process's table of open contents.
         fetcher: brings what is missing.
         missed: told the node of a file that a reader has to wait for.
+        begun: told the node of a file whose beginning is read.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class LayerReader:
         contents: Contents,
         fetcher: Fetcher,
         missed: Callable[[int], None] = lambda node: None,
+        begun: Callable[[int], None] = lambda node: None,
     ) -> None:
         self.index = index
         self.fetcher = fetcher
         self._contents = contents
         self._missed = missed
+        self._begun = begun
 
     def read_nowait(self, node: int, offset: int, size: int) -> bytes | memoryview | None:
         """Read what needs neither the network nor a disk.
@@ -68,6 +71,8 @@ class LayerReader:
         size = min(size, file.size - offset)
         if size <= 0:
             return b""
+        if offset == 0:
+            self._begun(node)
         content = self._contents.find(file)
         if content is None:
             return None

@@ -8,6 +8,7 @@ known by the time when it began.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.profile import Read, coalesce
@@ -19,13 +20,33 @@ _OVER_SECONDS = 5.0
 _STARTS_AT_MOST = 5_000
 # Who has not come for a session by then never will.
 _EXPIRES_SECONDS = 3600.0
+# Who reads so many files of so many that lie together does not start, but walks through the layer. Not
+# fewer: `import pandas` reads all 600 time zones.
+_WALK_READS = 1024
+_WALK_SPAN = 1600
+_LOOK_EVERY = 256
 
 
 class Recorder:
-    """Notes of one layer."""
+    """Notes of one layer.
 
-    def __init__(self) -> None:
-        self._sessions: set[float] = set()
+    Args:
+        place: tells where a file is: files beside each other in the layer have numbers that follow.
+        walked: called when somebody seems to read all files of some part of the layer.
+
+    Attributes:
+        sessions: those that have not ended.
+    """
+
+    def __init__(
+        self,
+        place: Callable[[int], int] = lambda node: node,
+        walked: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._place = place
+        self._walked = walked
+        self.sessions: set[float] = set()
+        self._over: set[float] = set()
         self._notes: list[tuple[int, int, int, float]] = []
 
     def begin(self, since: float) -> None:
@@ -35,10 +56,11 @@ class Recorder:
             since: when the start began, by time.monotonic().
         """
         expired = time.monotonic() - _EXPIRES_SECONDS
-        self._sessions = {begun for begun in self._sessions if begun > expired}
-        if not self._sessions:
+        self.sessions = {begun for begun in self.sessions if begun > expired}
+        self._over &= self.sessions
+        if not self.sessions:
             self._notes = []
-        self._sessions.add(since)
+        self.sessions.add(since)
 
     def end(self, since: float) -> list[tuple[int, int, int, float]] | None:
         """End a session.
@@ -46,23 +68,29 @@ class Recorder:
         Returns:
             Its notes, for `reads`; None if it is not known.
         """
-        if since not in self._sessions:
+        if since not in self.sessions:
             return None
-        self._sessions.remove(since)
+        self.sessions.remove(since)
+        self._over.discard(since)
         return [note for note in self._notes if note[3] >= since]
+
+    def give_up(self, sessions: set[float]) -> None:
+        """What is read from now on is no start of these sessions, which go on until they are ended."""
+        self._over |= sessions & self.sessions
 
     @property
     def idle(self) -> bool:
         """Whether nobody wants the notes."""
-        return not self._sessions
+        return not self.sessions
 
     @property
     def worthwhile(self) -> bool:
         """Whether a start may be going on: something was read lately, and not everything."""
-        if not self._sessions:
+        starts = self.sessions - self._over
+        if not starts:
             return False
         last = self._notes[-1][3] if self._notes else 0.0
-        quiet = time.monotonic() - max(last, *self._sessions)
+        quiet = time.monotonic() - max(last, *starts)
         return len(self._notes) < _STARTS_AT_MOST and quiet < _OVER_SECONDS
 
     def note(self, node: int, offset: int, size: int) -> None:
@@ -75,6 +103,13 @@ class Recorder:
         """
         if len(self._notes) < _MOST:
             self._notes.append((node, offset, size, time.monotonic()))
+            if len(self._notes) % _LOOK_EVERY == 0 and self.worthwhile and self._is_walk():
+                self._walked()
+
+    def _is_walk(self) -> bool:
+        places = sorted(map(self._place, {note[0] for note in self._notes}))
+        ends = zip(places, places[_WALK_READS - 1 :], strict=False)
+        return any(last - first < _WALK_SPAN for first, last in ends)
 
 
 def reads(index: LayerIndex, notes: list[tuple[int, int, int, float]], since: float) -> list[Read]:

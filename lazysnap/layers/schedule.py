@@ -55,12 +55,15 @@ class Limits:
         connections: requests at once to one host; at least one is made.
         unurgent_connections: those of them that may be prefetch or background; one is always left to
             readers if there are two or more.
+        background_connections: those of them that may be background; one of the others is always left
+            to prefetch, which may come at any moment.
         bytes_per_second: of all hosts together; 0 is no limit.
         host_bytes_per_second: of each host; 0 is no limit.
     """
 
     connections: int = 16
-    unurgent_connections: int = 3
+    unurgent_connections: int = 6
+    background_connections: int = 2
     bytes_per_second: int = 0
     host_bytes_per_second: int = 0
 
@@ -247,8 +250,9 @@ class Scheduler:
         if priority == Priority.DEMAND:
             return self._connections
         unurgent = min(self.limits.unurgent_connections, self._connections - 1)
-        # Background leaves one of its places to prefetch, which may come at any moment.
-        return max(unurgent - (priority == Priority.BACKGROUND), 1)
+        if priority == Priority.BACKGROUND:
+            unurgent = min(self.limits.background_connections, unurgent - 1)
+        return max(unurgent, 1)
 
     @asynccontextmanager
     async def ticket(self, host_name: str, priority: Priority) -> AsyncIterator[Ticket]:

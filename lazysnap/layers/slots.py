@@ -130,3 +130,11 @@ def list_slots(root: str) -> list[int]:
         return sorted(int(n) for n in os.listdir(os.path.join(root, "slots")) if n.isdigit())
     except FileNotFoundError:
         return []
+
+
+def slots_changed(root: str) -> int:
+    """When a record was last written or removed, in nanoseconds by the file system's clock; 0: never."""
+    try:
+        return os.stat(os.path.join(root, "slots")).st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -31,20 +31,35 @@ _log = log.get(__name__)
 _END = struct.Struct("<II")
 # Another writer gives other images: a part of the name.
 _VERSION = 1
+_NESTED_OPAQUE = b"trusted.overlay.overlay.opaque"
 
 
-def tree_name(index_name: str, inherited: Sequence[Inherited] = ()) -> str:
+def tree_name(index_name: str, inherited: Sequence[Inherited] = (), *, nested: bool = False) -> str:
     """The name of an image.
 
     Args:
         index_name: of the layer's index.
         inherited: attributes of directories that the layer leaves out.
+        nested: as `ensure_nested_tree` makes it.
     """
-    name = f"{index_name}.{_VERSION}"
+    name = f"{index_name}.{_VERSION}" + "-nested" * nested
     if not inherited:
         return name
     place = msgspec.msgpack.encode(list(inherited))
     return f"{name}-{hashlib.sha256(place).hexdigest()[:32]}"
+
+
+def ensure_nested_tree(cache: Cache, index_name: str) -> str:
+    """As `ensure_tree`, for an overlay of this layer alone that is below another overlay.
+
+    The marks of opaque directories are for the upper one: each overlay takes one prefix away from such
+    names (Linux 6.7, Documentation/filesystems/overlayfs.rst, "Nesting overlayfs mounts").
+    """
+    path = os.path.join(cache.trees, tree_name(index_name, nested=True))
+    if _read(path) is None:
+        index = open_index(os.path.join(cache.index, index_name))
+        write_tree(path, build(index, opaque_xattr=_NESTED_OPAQUE))
+    return path
 
 
 def ensure_tree(cache: Cache, index_name: str, inherited: Sequence[Inherited] = ()) -> str:

@@ -20,9 +20,11 @@ def open_index(path: str) -> LayerIndex:
     """
     try:
         with open(path, "rb") as file:
-            return LayerIndex(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            index = LayerIndex(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     except (OSError, ValueError, FormatError) as error:
         raise Internal(f"index {path} cannot be used: {error}", reason="index-damaged") from error
+    index.give_back()  # for the checksum all of it was read
+    return index
 
 
 class LayerView:

@@ -55,7 +55,7 @@ def _real(fake: FakeFetcher) -> Fetcher:
 
 
 def _ahead(nursery: trio.Nursery, **limits: int) -> Ahead:
-    return Ahead(Scheduler(Limits(**limits)), nursery)
+    return Ahead(Scheduler(Limits(**{"unurgent_connections": 3, **limits})), nursery)
 
 
 Clock = trio.testing.MockClock

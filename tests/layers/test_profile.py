@@ -174,8 +174,8 @@ def test_a_plan_names_what_is_read_once_in_the_order_of_need(found: list[Read]) 
 
 def test_gaps_are_filled_when_they_are_small() -> None:
     data = _RANDOM.randbytes(4 << 20)
-    index = index_of(estargz([file("f", data)], chunk_size=64 << 10))
-    chunk = 64 << 10
+    index = index_of(estargz([file("f", data)], chunk_size=16 << 10))
+    chunk = 16 << 10
     near = plan(index, [Read("f", 0, 1, 0), Read("f", 2 * chunk, 1, 0)])
     far = plan(index, [Read("f", 0, 1, 0), Read("f", 9 * chunk, 1, 0)])
     assert len(near.members) == 3
@@ -288,3 +288,31 @@ def test_a_start_is_over_when_nothing_or_everything_is_read() -> None:
     assert not slow.worthwhile
     slow.note(1, 0, 1)
     assert slow.worthwhile
+
+
+def test_who_walks_through_a_layer_is_no_start(now: list[float]) -> None:
+    recorder = Recorder()
+    recorder.begin(1000.0)
+    recorder.note(resolve(INDEX, "a"), 0, 10)
+    recorder.give_up({999.0, 1000.0})
+    assert not recorder.worthwhile
+    now[0] += 1
+    recorder.begin(1001.0)
+    assert recorder.worthwhile
+    recorder.give_up(recorder.sessions)
+    assert _notes(recorder, 1000.0) == [Read("a", 0, 10, 0)]
+    assert recorder.end(1001.0) == []
+    assert recorder.idle
+
+
+@pytest.mark.parametrize(("count", "step", "walks"), [(1024, 1, 1), (1023, 1, 0), (2000, 2, 0)])
+def test_reading_nearly_all_of_many_files_is_a_walk(count: int, step: int, walks: int) -> None:
+    seen: list[None] = []
+    nodes = [number * step for number in range(count)]
+    random.Random(1).shuffle(nodes)
+    recorder = Recorder(lambda node: 5000 - node, lambda: seen.append(None))
+    recorder.begin(time.monotonic())
+    for node in nodes:
+        recorder.note(node, 0, 10)
+        recorder.note(0, 0, 10)
+    assert bool(seen) == bool(walks)

@@ -431,3 +431,11 @@ async def test_a_ticket_counts_from_when_it_was_granted(
         for _ in range(2):
             both.start_soon(lambda: _stream(scheduler, DEMAND, 2, seconds=5, round_trip=0.02))
     assert scheduler.host("h").round_trip <= 0.021
+
+
+def test_background_has_fewer_places_than_prefetch() -> None:
+    for unurgent, background, expected in [(6, 2, 2), (6, 9, 5), (2, 2, 1), (1, 1, 1)]:
+        limits = Limits(unurgent_connections=unurgent, background_connections=background)
+        scheduler = Scheduler(limits)
+        assert scheduler.most(PREFETCH) == unurgent
+        assert scheduler.most(BACKGROUND) == expected

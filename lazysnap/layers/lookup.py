@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds files by path in the tree of an image, as overlayfs puts its layers together. Pure."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lazysnap.index.model import OPAQUE, WHITEOUT
+from lazysnap.index.reader import LayerIndex
+
+# As the kernel's own limit for links in one path.
+_MAX_LINKS = 40
+
+
+class Found(NamedTuple):
+    """A regular file of an image.
+
+    Attributes:
+        layer: position of its layer.
+        node: its number in that layer's index.
+        path: without links in it.
+    """
+
+    layer: int
+    node: int
+    path: bytes
+
+
+# Of one name in each layer that has it, position and node; several only of a directory.
+_Merged = list[tuple[int, int]]
+
+
+def find_file(layers: Sequence[LayerIndex], path: bytes) -> Found | None:
+    """The regular file that a path leads to; links are followed.
+
+    Args:
+        layers: of the image, the uppermost first.
+        path: from the root of the image.
+    """
+    merged, real = _walk(layers, path)
+    for layer, node in merged[:1]:
+        if stat.S_ISREG(layers[layer].attributes(node).mode):
+            return Found(layer, node, real)
+    return None
+
+
+def names(layers: Sequence[LayerIndex], path: bytes) -> set[bytes]:
+    """The names in a directory, with those that are deleted; none if there is no such directory.
+
+    Arguments are those of `find_file`.
+    """
+    merged, _ = _walk(layers, path)
+    return {name for layer, node in merged for _, name, _ in layers[layer].children(node)}
+
+
+def _walk(layers: Sequence[LayerIndex], path: bytes) -> tuple[_Merged, bytes]:
+    """What a path leads to, and its path without links."""
+    way: list[tuple[bytes, _Merged]] = [(b"", [(number, 0) for number in range(len(layers))])]
+    left = path.split(b"/")[::-1]
+    links = 0
+    while left:
+        name = left.pop()
+        if name in (b"", b"."):
+            continue
+        if name == b"..":
+            del way[max(len(way) - 1, 1) :]
+            continue
+        merged = _step(layers, way[-1][1], name)
+        if not merged:
+            return [], b""
+        layer, node = merged[0]
+        if stat.S_ISLNK(layers[layer].attributes(node).mode):
+            links += 1
+            if links > _MAX_LINKS:
+                return [], b""
+            target = layers[layer].readlink(node)
+            left += target.split(b"/")[::-1]
+            if target.startswith(b"/"):
+                del way[1:]
+        else:
+            # Below what is no directory nothing is found.
+            way.append((name, merged))
+    return way[-1][1], b"/".join(name for name, _ in way)
+
+
+def _step(layers: Sequence[LayerIndex], directory: _Merged, name: bytes) -> _Merged:
+    """What is called so in a merged directory."""
+    found: _Merged = []
+    for layer, node in directory:
+        child = layers[layer].lookup(node, name)
+        if child < 0:
+            continue
+        attributes = layers[layer].attributes(child)
+        if attributes.flags & WHITEOUT:
+            break
+        if not stat.S_ISDIR(attributes.mode):
+            return found or [(layer, child)]
+        found.append((layer, child))
+        if attributes.flags & OPAQUE:
+            break
+    return found
