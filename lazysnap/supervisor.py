@@ -56,6 +56,7 @@ class Supervisor:
         read_ahead_kib: how far the kernel reads ahead.
         slice_name: of systemd. Keepers are started in scopes of it, so that nothing that is done to
             the daemon's service is done to them. Empty: they stay in the daemon's control group.
+        writable: have the kernel send requests that write, which shards answer with an error.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Supervisor:
         max_background: int = 64,
         read_ahead_kib: int = 1024,
         slice_name: str = "",
+        writable: bool = False,
     ) -> None:
         self.root = root
         self.count = count
@@ -73,6 +75,7 @@ class Supervisor:
         self._keeper_options = [
             f"--max-background={max_background}",
             f"--read-ahead-kib={read_ahead_kib}",
+            *(["--writable"] if writable else []),
         ]
         self._shards: dict[int, _Shard] = {}
         self._places: dict[str, list[int]] = {}

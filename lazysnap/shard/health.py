@@ -53,14 +53,12 @@ class LayerHealth:
         """
         name = layer.record.index
         now = time.monotonic()
-        generation = self._cache.objects.generation()
-        if self._complete.get(name) == generation:
+        if self._complete.get(name) == self._cache.objects.generation():
             return "local", ""
         success = blob.last_success
         if success is not None and now - success < self.settings.probe_valid_seconds:
             return "reachable", ""
-        if await trio.to_thread.run_sync(is_complete, layer.index, self._cache):
-            self._complete[name] = generation
+        if await self.find_complete(layer):
             return "local", ""
         problem = await self._probe(name, blob)
         if not problem:
@@ -68,6 +66,14 @@ class LayerHealth:
         if await trio.to_thread.run_sync(is_empty, layer.index, self._cache):
             return "unreachable", f"nothing of the layer is local, and {problem}"
         return "degraded", problem
+
+    async def find_complete(self, layer: MountedLayer) -> bool:
+        """Look whether all content of a layer is in the cache, and remember if it is."""
+        generation = self._cache.objects.generation()
+        complete = await trio.to_thread.run_sync(is_complete, layer.index, self._cache)
+        if complete:
+            self._complete[layer.record.index] = generation
+        return complete
 
     async def _probe(self, name: str, blob: Blob) -> str:
         """Why bytes of a layer cannot be had now; empty if they can."""

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import importlib
 import os
 import signal
@@ -70,13 +71,14 @@ async def _answer_init(operations: Handshake) -> None:
         nursery.cancel_scope.cancel()
 
 
-def _mount(mountpoint: str) -> Handshake:
+def _mount(mountpoint: str, *, writable: bool) -> Handshake:
     _unmount(mountpoint)
     os.makedirs(mountpoint, mode=0o755, exist_ok=True)
     operations = Handshake()
     # libfuse would add nosuid and nodev, which a bind mount of the tree would inherit.
     options = {"fsname=lazysnap", "subtype=lazysnap", "allow_other", "default_permissions"}
-    pyfuse3.init(operations, mountpoint, options | {"suid", "dev", "ro"})
+    options |= {"suid", "dev", "rw" if writable else "ro"}
+    pyfuse3.init(operations, mountpoint, options)
     trio.run(_answer_init, operations)
     return operations
 
@@ -248,6 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="lazysnap-keeper")
     parser.add_argument("--root", required=True, help="directory of all of lazysnap's state")
     parser.add_argument("--number", required=True, type=int, help="number of this shard")
+    parser.add_argument("--writable", action="store_true", help="let requests that write come")
     parser.add_argument("--max-background", type=int, default=64)
     parser.add_argument("--read-ahead-kib", type=int, default=1024)
     arguments = parser.parse_args()
@@ -260,8 +263,10 @@ def main() -> int:
     _detach_output(mountpoint + ".log")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-999")
-    operations = _mount(mountpoint)
+    operations = _mount(mountpoint, writable=arguments.writable)
     _tune(mountpoint, arguments.max_background, arguments.read_ahead_kib)
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to all objects, which it shares with us
     status = _Keeper(arguments, mountpoint).run(operations)
     _unmount(mountpoint)  # libfuse takes an aborted connection for unmounted
     with contextlib.suppress(Exception):

@@ -18,6 +18,8 @@ from lazysnap.layers.recorder import Recorder
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
 
+_TIDY_SECONDS = 10.0
+
 
 class MountedLayer(LayerView):
     """A layer as one slot shows it, with its bytes.
@@ -109,3 +111,10 @@ class MountedLayers:
     def uses(self, index: str) -> bool:
         """Whether a loaded slot shows the layer with this index."""
         return any(layer.record.index == index for layer in self._by_slot.values())
+
+    async def tidy(self) -> None:
+        """Every few seconds, give back the memory into which indexes were read; for ever."""
+        while True:
+            await trio.sleep(_TIDY_SECONDS)
+            for reader in self._readers.values():
+                reader.index.give_back()

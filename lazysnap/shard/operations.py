@@ -30,7 +30,8 @@ from lazysnap.shard import contents
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 
 _log = log.get(__name__)
-_FOR_EVER = 10 * 365 * 86400.0
+FOR_EVER = 10 * 365 * 86400.0
+"""Seconds for which the kernel may keep what it was told."""
 _NODE_MASK = (1 << 32) - 1
 _DOTS = 2
 P = ParamSpec("P")
@@ -63,31 +64,40 @@ activity = Activity()
 """Of this process, which serves one mount and no other."""
 
 
-def _guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Note how long requests take, and let nothing but FUSEError out of a handler."""
-    name = handler.__name__
+Handler = Callable[P, Awaitable[R]]
+
+
+def guarded(name: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
+    """Note how long requests take, and let nothing but FUSEError out of a handler.
+
+    Args:
+        name: of the request.
+    """
     numbers = counts.histogram(families.FUSE_SECONDS, name)
 
-    @functools.wraps(handler)
-    async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        activity.last = began = time.monotonic()
-        try:
-            return await handler(*args, **kwargs)
-        except FUSEError:
-            raise
-        except LazysnapError as error:
-            counts.add(families.FUSE_ERRORS, name)
-            raise FUSEError(error.errno) from error
-        except Exception as error:  # an edge: one bad request must not take the mount away
-            counts.add(families.FUSE_ERRORS, name)
-            _log.exception("request failed", request=name)
-            raise FUSEError(errno.EIO) from error
-        finally:
-            seconds = time.monotonic() - began
-            numbers[bisect_left(BOUNDS, seconds)] += 1
-            numbers[-1] += seconds
+    def guard(handler: Handler[P, R]) -> Handler[P, R]:
+        @functools.wraps(handler)
+        async def handle(*args: P.args, **kwargs: P.kwargs) -> R:
+            activity.last = began = time.monotonic()
+            try:
+                return await handler(*args, **kwargs)
+            except FUSEError:
+                raise
+            except LazysnapError as error:
+                counts.add(families.FUSE_ERRORS, name)
+                raise FUSEError(error.errno) from error
+            except Exception as error:  # an edge: one bad request must not take the mount away
+                counts.add(families.FUSE_ERRORS, name)
+                _log.exception("request failed", request=name)
+                raise FUSEError(errno.EIO) from error
+            finally:
+                seconds = time.monotonic() - began
+                numbers[bisect_left(BOUNDS, seconds)] += 1
+                numbers[-1] += seconds
 
-    return guarded
+        return handle
+
+    return guard
 
 
 class Operations:
@@ -99,7 +109,7 @@ class Operations:
         xattrs: whether any layer here has extended attributes.
     """
 
-    NAMES = (
+    NAMES: tuple[str, ...] = (
         "lookup", "getattr", "readlink", "opendir", "readdir", "releasedir", "open", "read",
         "release", "getxattr", "listxattr", "statfs", "forget", "access",
     )  # fmt: skip
@@ -112,7 +122,7 @@ class Operations:
         # pyfuse3 copies from them while it answers, before the next handler can run.
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
-        self._absent.entry_timeout = _FOR_EVER
+        self._absent.entry_timeout = FOR_EVER
 
     def install(self, target: pyfuse3.Operations) -> None:
         """Put these handlers into the object that pyfuse3 calls."""
@@ -129,12 +139,12 @@ class Operations:
                 raise FUSEError(errno.ESTALE) from error
         return layer, (inode & _NODE_MASK) - 1
 
-    @_guarded
+    @guarded("lookup")
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Look a name up in a directory."""
         if parent == pyfuse3.ROOT_INODE:
             if name == contents.NAME:
-                return _directory_entry(contents.ROOT)
+                return directory_entry(contents.ROOT)
             return await self._lookup_slot(name)
         if contents.is_directory(parent):
             return await self._lookup_content(parent, name)
@@ -142,7 +152,7 @@ class Operations:
         child = layer.index.lookup(node, name)
         if child < 0:
             return self._absent
-        return _entry(layer, child)
+        return layer_entry(layer, child)
 
     async def _lookup_slot(self, name: bytes) -> EntryAttributes:
         # No cached "absent": the slot may be attached in the next moment.
@@ -152,7 +162,7 @@ class Operations:
             layer = await self.layers.load(int(name))
         except NotFound as error:
             raise FUSEError(errno.ENOENT) from error
-        return _entry(layer, 0)
+        return layer_entry(layer, 0)
 
     async def _lookup_content(self, parent: int, name: bytes) -> EntryAttributes:
         found = await self.contents.lookup(parent, name)
@@ -160,28 +170,28 @@ class Operations:
             if parent == contents.ROOT:  # as for slots
                 raise FUSEError(errno.ENOENT)
             return self._absent
-        return _directory_entry(found) if isinstance(found, int) else _entry(*found)
+        return directory_entry(found) if isinstance(found, int) else layer_entry(*found)
 
-    @_guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    @guarded("getattr")
+    async def getattr(self, inode: int, ctx: RequestContext | None) -> EntryAttributes:
         """Attributes of an inode."""
         if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
-            return _directory_entry(inode)
+            return directory_entry(inode)
         layer, node = await self._layer(inode)
-        return _entry(layer, node)
+        return layer_entry(layer, node)
 
-    @_guarded
+    @guarded("readlink")
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         """Target of a symbolic link."""
         layer, node = await self._layer(inode)
         return layer.index.readlink(node)
 
-    @_guarded
+    @guarded("opendir")
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open a directory."""
         return inode
 
-    @_guarded
+    @guarded("readdir")
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """List a directory from a position on: `.`, `..`, then the children by name."""
         if fh == pyfuse3.ROOT_INODE:
@@ -195,34 +205,36 @@ class Operations:
         while position < _DOTS:
             which = node if position == 0 else index.parent(node)
             position += 1
-            if not pyfuse3.readdir_reply(token, b"." * position, _entry(layer, which), position):
+            if not pyfuse3.readdir_reply(
+                token, b"." * position, layer_entry(layer, which), position
+            ):
                 return
         for at, name, child in index.children(node, position - _DOTS):
-            if not pyfuse3.readdir_reply(token, name, _entry(layer, child), at + 1 + _DOTS):
+            if not pyfuse3.readdir_reply(token, name, layer_entry(layer, child), at + 1 + _DOTS):
                 return
 
     async def _list_slots(self, start: int, token: Any) -> None:
         for slot in self.layers.slots():
             if slot > start:
                 try:
-                    entry = _entry(await self.layers.load(slot), 0)
+                    entry = layer_entry(await self.layers.load(slot), 0)
                 except LazysnapError:
                     continue
                 if not pyfuse3.readdir_reply(token, b"%d" % slot, entry, slot):
                     return
 
-    @_guarded
+    @guarded("releasedir")
     async def releasedir(self, fh: int) -> None:
         """Close a directory."""
 
-    @_guarded
+    @guarded("open")
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; its pages may stay in the kernel's cache."""
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             raise FUSEError(errno.EROFS)
         return FileInfo(fh=inode, keep_cache=True)
 
-    @_guarded
+    @guarded("read")
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:
         """Read from a file; short only at its end."""
         layer, node = await self._layer(fh)
@@ -240,11 +252,11 @@ class Operations:
         activity.read_bytes[0] += len(data)
         return data
 
-    @_guarded
+    @guarded("release")
     async def release(self, fh: int) -> None:
         """Close a file."""
 
-    @_guarded
+    @guarded("getxattr")
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """One extended attribute.
 
@@ -259,7 +271,7 @@ class Operations:
                     return value
         raise FUSEError(pyfuse3.ENOATTR)
 
-    @_guarded
+    @guarded("listxattr")
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """Names of the extended attributes."""
         if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
@@ -267,7 +279,7 @@ class Operations:
         layer, node = await self._layer(inode)
         return [key for key, _ in layer.xattrs(node)]
 
-    @_guarded
+    @guarded("statfs")
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """Numbers of the file system that the cache is on, which is what fills up."""
         real = os.statvfs(self.root)
@@ -282,18 +294,19 @@ class Operations:
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing to do: inode numbers are computed."""
 
-    @_guarded
+    @guarded("access")
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """Not called, as the kernel checks (`default_permissions`)."""
         return True
 
 
-def _entry(layer: MountedLayer, node: int) -> EntryAttributes:
+def layer_entry(layer: MountedLayer, node: int) -> EntryAttributes:
+    """What the kernel is told of a node of a layer."""
     attributes = layer.attributes(node)
     entry = EntryAttributes()
     entry.st_ino = layer.base + node
-    entry.entry_timeout = _FOR_EVER
-    entry.attr_timeout = _FOR_EVER
+    entry.entry_timeout = FOR_EVER
+    entry.attr_timeout = FOR_EVER
     entry.st_mode = attributes.mode
     entry.st_nlink = attributes.nlink
     entry.st_uid = attributes.uid
@@ -307,12 +320,12 @@ def _entry(layer: MountedLayer, node: int) -> EntryAttributes:
     return entry
 
 
-def _directory_entry(inode: int) -> EntryAttributes:
+def directory_entry(inode: int) -> EntryAttributes:
     """A directory that is no layer's."""
     entry = EntryAttributes()
     entry.st_ino = inode
     if inode != pyfuse3.ROOT_INODE:
-        entry.entry_timeout = entry.attr_timeout = _FOR_EVER
+        entry.entry_timeout = entry.attr_timeout = FOR_EVER
     entry.st_mode = stat.S_IFDIR | 0o755
     entry.st_nlink = 2
     return entry

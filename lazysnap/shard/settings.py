@@ -36,6 +36,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
         seal_seconds: time between two syncs of the cache.
         probe_seconds: longest time for a reachability check of a registry.
         probe_valid_seconds: for how long a success makes another check needless.
+        named: layers are found by the names of an additional layer store, and not by their slots.
     """
 
     registry: RegistrySettings = RegistrySettings()
@@ -50,6 +51,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
     seal_seconds: float = 5.0
     probe_seconds: float = 1.5
     probe_valid_seconds: float = 60.0
+    named: bool = False
 
 
 def _path(root: str) -> str:

@@ -10,9 +10,10 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `detach(slots)` let go of slots whose records are gone
 - `health(slots)` whether each can be used, and why not
 - `status(slots)` numbers for people
+- `link(slot, node)` fetch what a file needs to be loaded, see `linking`
 - `drain(slots)` fetch all of them now; may be called again
 - `metrics()` numbers for the daemon, see `reporting`
-- `record(slots, since)` begin to note what is read
+- `record(slots, since)` begin to note what is read, see `recording`
 - `recorded(slots, since)` end it, and tell what was read
 - `trace(slots, since)` what was fetched for them, and who waited, see `lazysnap.layers.trace`
 - `reload()` take up the settings that are on disk now
@@ -21,12 +22,11 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
-import stat
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -38,29 +38,33 @@ from lazysnap import channel, log, tracing
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
 from lazysnap.digest import Digest
-from lazysnap.errors import FailedPrecondition, LazysnapError
+from lazysnap.errors import LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.ahead import Ahead
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher, Plan
 from lazysnap.layers.guess import Guesser
-from lazysnap.layers.profile import Read, landmark_plan
-from lazysnap.layers.profile import plan as make_plan
+from lazysnap.layers.profile import Read, landmark_plan, nodes_of
 from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.recorder import Recorder
-from lazysnap.layers.recorder import reads as reads_of
 from lazysnap.layers.schedule import Priority, Scheduler
 from lazysnap.layers.seeded import SeededSource
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.upkeep import keep_within_limits
+from lazysnap.layers.walk import Walks
+from lazysnap.layers.warming import prepare_start
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
+from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.leisure import Leisure
+from lazysnap.shard.linking import Linking
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
+from lazysnap.shard.named import NamedOperations
+from lazysnap.shard.names import Names
 from lazysnap.shard.operations import Operations
+from lazysnap.shard.recording import Recording
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
 from lazysnap.shard.settling import Settling
 
@@ -101,14 +105,30 @@ class Worker:
         self.scheduler = Scheduler(settings.limits)
         self.ahead = Ahead(self.scheduler, nursery, Leisure(self.evictor).wait)
         self.draining = Draining(self.layers, self.ahead)
+        self.linking = Linking(self.layers, self.ahead, nursery)
         self.restarting = trio.CancelScope()
         self._registry = registry
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
         self._blobs: dict[str, Blob] = {}
+        self._guessers: dict[str, Guesser] = {}
         self._health = LayerHealth(self.cache, settings)
-        self.settling = Settling(self.contents, settings.seal_seconds, self._start_is_watched)
+        self.recording = Recording(self.layers, self.cache, nursery)
+        self.settling = Settling(self.contents, settings.seal_seconds, self.recording.under_way)
         self._started = time.monotonic()
+        self.names = Names(root) if settings.named else None
+
+    def operations(self) -> Operations:
+        """The handlers of FUSE requests."""
+        if self.names is None:
+            return Operations(self.layers, self.root, xattrs=serves_xattrs(self.root, self.number))
+        return NamedOperations(
+            self.layers, self.root, self.names, WholeBlobs(self.root, self._blob)
+        )
+
+    async def _blob(self, slot: int) -> Blob:
+        layer = await self.layers.load(slot)
+        return self._blobs[layer.record.index]
 
     def _make_reader(self, record: SlotRecord, index: LayerIndex) -> LayerReader:
         reference = Reference.parse(record.reference)
@@ -125,16 +145,34 @@ class Worker:
             reference.host,
             record.layer_digest,
         )
-        guesser = Guesser(index, lambda plan: self.ahead.add(fetcher, plan, Priority.PREFETCH))
-        return LayerReader(index, self.contents, fetcher, guesser.missed)
+
+        def add(plan: Plan) -> None:
+            self.ahead.add(fetcher, plan, Priority.PREFETCH)
+
+        guesser = self._guessers[record.index] = Guesser(index, add)
+        host = self.scheduler.host(reference.host)
+        walks = Walks(index, add, lambda: host.bandwidth)
+
+        def missed(node: int) -> None:
+            guesser.missed(node)
+            walks.missed(node)
+
+        begun = partial(self.linking.begun, record, index)
+        return LayerReader(index, self.contents, fetcher, missed, begun)
 
     def handlers(self) -> dict[str, channel.Handler]:
         """The calls of the control socket."""
         names = (
             *("ping", "attach", "detach", "health", "status", "metrics"),
-            *("record", "recorded", "trace", "reload", "restart"),
+            *("trace", "reload", "restart"),
         )
-        return {name: getattr(self, name) for name in names} | {"drain": self.draining.drain}
+        others = {
+            "drain": self.draining.drain,
+            "link": self.linking.link,
+            "record": self.recording.record,
+            "recorded": self.recording.recorded,
+        }
+        return {name: getattr(self, name) for name in names} | others
 
     async def ping(self) -> dict[str, Any]:
         """Who serves this shard."""
@@ -170,7 +208,10 @@ class Worker:
         try:
             if reads:
                 wanted = msgspec.convert(reads, list[Read])
-                plan = await trio.to_thread.run_sync(make_plan, layer.index, wanted)
+                guesser = self._guessers.get(layer.record.index)
+                if guesser is not None:  # else the layer is gone already
+                    guesser.expect(await trio.to_thread.run_sync(nodes_of, layer.index, wanted))
+                plan = await trio.to_thread.run_sync(prepare_start, self.cache, layer, wanted)
             else:
                 plan = landmark_plan(layer.index) or Plan(())
         except (LazysnapError, msgspec.ValidationError) as error:
@@ -185,7 +226,17 @@ class Worker:
         if self.settings.background and not self.ahead.has(fetcher, Priority.BACKGROUND):
             everything = Plan(range(layer.index.member_count))
             delay = self.settings.background_delay_seconds
-            self.ahead.add(fetcher, everything, Priority.BACKGROUND, delay_seconds=delay)
+            done = self.ahead.add(fetcher, everything, Priority.BACKGROUND, delay_seconds=delay)
+            self._nursery.start_soon(self._find_complete, layer, done)
+
+    async def _find_complete(self, layer: MountedLayer, done: trio.Event) -> None:
+        """Look for each file of a layer as soon as all are fetched, or the next start would do it."""
+        await done.wait()
+        try:
+            if self.layers.uses(layer.record.index):
+                await self._health.find_complete(layer)
+        except LazysnapError as error:
+            _log.debug("a layer cannot be looked at", layer=layer.record.layer_digest, error=error)
 
     async def resume(self) -> None:
         """Go on with what an earlier worker had not fetched yet."""
@@ -213,12 +264,16 @@ class Worker:
             if gone is not None and not self.layers.uses(gone.record.index):
                 self.ahead.drop(gone.reader.fetcher)
                 self._blobs.pop(gone.record.index, None)
+                self._guessers.pop(gone.record.index, None)
                 self._health.forget(gone.record.index)
                 self.draining.forget(gone.record.index)
+                self.linking.forget(gone.record.index)
             if not reload:
-                pyfuse3.invalidate_entry_async(
-                    pyfuse3.ROOT_INODE, b"%d" % slot, deleted=0, ignore_enoent=True
+                place = (
+                    self.names.forget(slot) if self.names else (pyfuse3.ROOT_INODE, b"%d" % slot)
                 )
+                if place is not None:
+                    pyfuse3.invalidate_entry_async(*place, deleted=0, ignore_enoent=True)
 
     async def health(self, slots: Sequence[int]) -> dict[int, dict[str, str]]:
         """State and detail of slots: those of `LayerHealth.look`, or `failed`.
@@ -255,52 +310,6 @@ class Worker:
         """What this process has counted; see `reporting`."""
         return reporting.metrics(self._registry, self._started)
 
-    async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
-        """Begin to note what is read.
-
-        Args:
-            slots: of the image.
-            since: when the start began, by the machine's monotonic clock.
-            fresh: have the kernel forget what it has, as reading that would not be seen.
-        """
-        for slot in slots:
-            layer = await self.layers.load(slot)
-            if layer.recorder is None:
-                layer.recorder = Recorder()
-            layer.recorder.begin(since)
-            self.cache.objects.holding = True
-            if fresh:
-                await trio.to_thread.run_sync(self._drop_pages, layer)
-
-    async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
-        """End `record`; what was read, by layer digest.
-
-        Args:
-            slots: of the image.
-            since: as it was given to `record`.
-
-        Raises:
-            FailedPrecondition: some of the slots were not recorded to the end.
-        """
-        found: dict[str, list[Any]] = {}
-        lost = False
-        for slot in slots:
-            layer = self.layers.get(slot)
-            recorder = None if layer is None else layer.recorder
-            notes = None if recorder is None else recorder.end(since)
-            if layer is None or recorder is None or notes is None:
-                lost = True
-                continue
-            if recorder.idle:
-                layer.recorder = None
-            joined = await trio.to_thread.run_sync(reads_of, layer.index, notes, since)
-            found.setdefault(layer.record.layer_digest, []).extend(msgspec.to_builtins(joined))
-        self.cache.objects.holding = self._start_is_watched()
-        await trio.to_thread.run_sync(self.cache.objects.release)
-        if lost:
-            raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")
-        return found
-
     async def trace(self, slots: Sequence[int], since: float = 0.0) -> list[dict[str, Any]]:
         """What was fetched, and who waited, since a time by time.monotonic()."""
         found = [(slot, self.layers.get(slot)) for slot in slots]
@@ -332,22 +341,6 @@ class Worker:
 
         self._nursery.start_soon(later)
 
-    def _drop_pages(self, layer: MountedLayer) -> None:
-        """In a thread, as the kernel may wait for requests that the event loop answers."""
-        index = layer.index
-        for node in range(index.node_count):
-            attributes = index.attributes(node)
-            if stat.S_ISREG(attributes.mode) and attributes.size:
-                self.cache.objects.withdraw(index.file(node).object_key)
-                # ENOENT: the kernel does not know the inode
-                with contextlib.suppress(OSError):
-                    pyfuse3.invalidate_inode(layer.base + node)
-
-    def _start_is_watched(self) -> bool:
-        loaded = (self.layers.get(slot) for slot in self.layers.slots_loaded())
-        recorders = (layer.recorder for layer in loaded if layer is not None)
-        return any(recorder is not None and recorder.worthwhile for recorder in recorders)
-
 
 async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
     memory.keep_freed()
@@ -356,11 +349,11 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
     status = EXIT_RESTART
     async with Registry(settings.registry) as registry, trio.open_nursery() as nursery:
         worker = Worker(root, number, settings, registry, nursery)
-        xattrs = serves_xattrs(root, number)
-        Operations(worker.layers, root, xattrs=xattrs).install(target)
+        worker.operations().install(target)
         socket_path = os.path.join(root, "shards", f"{number}.sock")
         await nursery.start(channel.serve, socket_path, worker.handlers())
         nursery.start_soon(worker.settling.run)
+        nursery.start_soon(worker.layers.tidy)
         nursery.start_soon(keep_within_limits, worker.contents, worker.evictor)
         nursery.start_soon(worker.resume)
         _log.info("worker serves", shard=number, pid=os.getpid(), version=lazysnap.__version__)

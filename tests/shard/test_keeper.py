@@ -216,3 +216,12 @@ def test_a_defect_in_a_call_leaves_the_shard_alive(it: Shard) -> None:
         except Internal as error:
             assert "health" in str(error)
     assert it.call("health", slots=[1, 77])[77]["state"] == "failed"
+
+
+def test_a_layer_is_known_to_be_complete_before_anybody_asks(tmp_path: Path) -> None:
+    """As a start would wait until each of its files was looked for."""
+    valid, delay = {"probe_valid_seconds": 3600.0}, {"background_delay_seconds": 0.0}
+    with shard(tmp_path, background=True, **valid, **delay) as it:
+        it.attach(LAYER)
+        # Bytes came lately, so that `health` itself does not look.
+        wait_until(lambda: it.call("health", slots=[1])[1]["state"] == "local")

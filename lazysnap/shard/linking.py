@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows programs and libraries that are read here (see `lazysnap.layers.libraries`), over all shards.
+
+The layers of an image may be on several shards. Each follows the files of its own layers, and tells the
+others, by their call `link`, which of theirs are needed. Advice only: what fails is logged for developers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import trio
+
+from lazysnap import channel, log
+from lazysnap.errors import LazysnapError
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.ahead import Ahead
+from lazysnap.layers.libraries import BytesAhead, Image, Libraries, may_link
+from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_changed
+from lazysnap.layers.view import open_index
+from lazysnap.shard.mounted import MountedLayers
+
+_log = log.get(__name__)
+_CALL_SECONDS = 5.0
+
+
+class Linking:
+    """The files of a shard that are followed.
+
+    Args:
+        layers: of the shard.
+        ahead: fetches what is needed.
+        nursery: where files are followed.
+    """
+
+    def __init__(self, layers: MountedLayers, ahead: Ahead, nursery: trio.Nursery) -> None:
+        self._layers = layers
+        self._ahead = ahead
+        self._nursery = nursery
+        # Nodes by the name of the index.
+        self._followed: dict[str, set[int]] = {}
+        self._images: dict[int, Libraries] = {}
+        self._changed = 0
+        self._looking = trio.Lock()
+
+    def begun(self, record: SlotRecord, index: LayerIndex, node: int) -> None:
+        """The beginning of a file is read: follow it, if it was not and may be a program or a library.
+
+        Args:
+            record: of the layer's slot, or of one of them.
+            index: of the layer.
+            node: of the file.
+        """
+        followed = self._followed.setdefault(record.index, set())
+        if node not in followed and may_link(index, node):
+            followed.add(node)
+            self._nursery.start_soon(self._follow, record.slot, node)
+
+    async def link(self, slot: int, node: int) -> None:
+        """Fetch what loading a file reads, and have fetched what it links to; does not wait for it.
+
+        Args:
+            slot: of this shard.
+            node: of the file.
+
+        Raises:
+            LazysnapError: the slot cannot be used.
+        """
+        layer = await self._layers.load(slot)
+        followed = self._followed.setdefault(layer.record.index, set())
+        if node not in followed:
+            followed.add(node)
+            self._nursery.start_soon(self._follow, slot, node)
+
+    def forget(self, index: str) -> None:
+        """Let go of a layer that is shown no more."""
+        self._followed.pop(index, None)
+
+    async def _follow(self, slot: int, node: int) -> None:
+        try:
+            libraries = await self._image(slot)
+            layer = await self._layers.load(slot)
+            await libraries.follow(slot, node, BytesAhead(layer.reader, self._ahead))
+        except LazysnapError as error:
+            _log.debug("file is not followed", slot=slot, node=node, error=error)
+        except Exception:  # a guess must not end the worker
+            _log.exception("following a file failed", slot=slot, node=node)
+
+    async def _image(self, slot: int) -> Libraries:
+        """The image that a slot belongs to; of several, the one whose uppermost slot is the newest.
+
+        Raises:
+            LazysnapError: a layer of it cannot be used.
+        """
+        async with self._looking:
+            changed = slots_changed(self._layers.root)
+            if changed != self._changed:
+                self._changed = changed
+                self._images.clear()
+            if slot not in self._images:
+                chain = await trio.to_thread.run_sync(_chain, self._layers.root, slot)
+                indexes = [await self._index(record) for record in chain]
+                image = Image([record.slot for record in chain], indexes)
+                shards = {record.slot: record.shard for record in chain}
+                libraries = Libraries(image, lambda s, n: self._want(shards, s, n))
+                self._images |= dict.fromkeys(shards, libraries)
+            return self._images[slot]
+
+    async def _index(self, record: SlotRecord) -> LayerIndex:
+        if record.shard == self._layers.shard:
+            return (await self._layers.load(record.slot)).index
+        path = os.path.join(self._layers.root, "cache", "index", record.index)
+        return await trio.to_thread.run_sync(open_index, path)
+
+    def _want(self, shards: Mapping[int, int], slot: int, node: int) -> None:
+        self._nursery.start_soon(self._link, shards[slot], slot, node)
+
+    async def _link(self, shard: int, slot: int, node: int) -> None:
+        """`link` of the shard that has the slot."""
+        try:
+            if shard == self._layers.shard:
+                await self.link(slot, node)
+            else:
+                path = os.path.join(self._layers.root, "shards", f"{shard}.sock")
+                await channel.call(path, "link", timeout=_CALL_SECONDS, slot=slot, node=node)
+        except LazysnapError as error:
+            _log.debug("file is not linked", slot=slot, node=node, error=error)
+
+
+def _chain(root: str, slot: int) -> list[SlotRecord]:
+    """In a thread: the records of the newest image that a slot belongs to, the uppermost first."""
+    for number in sorted(list_slots(root), reverse=True):
+        record = read_slot(root, number)
+        if number == slot or slot in record.below:
+            return [record, *(read_slot(root, below) for below in record.below)]
+    return [read_slot(root, slot)]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a shard: what they hold in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from lazysnap.cache import Cache
+from lazysnap.index.codec import build, encode
+from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.contents import Contents
+from lazysnap.layers.fetch import Fetcher
+from lazysnap.layers.reader import LayerReader
+from lazysnap.layers.schedule import Scheduler
+from lazysnap.layers.slots import SlotRecord, write_slot
+from lazysnap.shard.mounted import MountedLayers
+from tests.layers.engine import MemorySource
+from tests.support import layers
+from tests.support.indexes import toc_of
+
+_FILES = 2000
+
+
+def _resident(path: str) -> int:
+    """Bytes of a mapped file that this process is charged with."""
+    size, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if "-" in name:  # a mapping begins
+            inside = line.endswith(path)
+        elif inside and name == "Rss":
+            size += int(rest.split()[0]) * 1024
+    return size
+
+
+async def test_an_index_takes_memory_only_while_it_is_read(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    layer = layers.estargz([layers.file(f"{n:04}", b"%d" % n) for n in range(_FILES)])
+    cache = Cache(str(tmp_path / "cache"))
+    path = tmp_path / "cache" / "index" / "i"
+    path.write_bytes(encode(build(toc_of(layer))))
+    contents = Contents(cache)
+    async with trio.open_nursery() as nursery:
+
+        def make_reader(record: SlotRecord, index: LayerIndex) -> LayerReader:
+            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
+            return LayerReader(
+                index,
+                contents,
+                Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer"),
+            )
+
+        record = SlotRecord(
+            slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+        )
+        write_slot(str(tmp_path), record)
+        mounted = MountedLayers(str(tmp_path), 0, make_reader)
+        nursery.start_soon(mounted.tidy)
+
+        # All of it was read, as its checksum was compared.
+        index = (await mounted.load(1)).index
+        assert _resident(str(path)) == 0
+        sizes = [index.attributes(node).size for node in range(index.node_count)]
+        assert _resident(str(path)) > _FILES * 50
+        await trio.sleep(60)
+        assert _resident(str(path)) == 0
+        assert [index.attributes(node).size for node in range(index.node_count)] == sizes
+        nursery.cancel_scope.cancel()
+    contents.close()
