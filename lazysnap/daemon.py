@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import signal
 import socket
@@ -17,18 +15,19 @@ import sdnotify
 import trio
 
 import lazysnap
+from lazysnap import channel, log, monitor, mounts, service, tracing, watchdog
 from lazysnap import config as configuration
-from lazysnap import log, monitor, mounts, service, tracing, watchdog
 from lazysnap.cache import Cache
-from lazysnap.cache.eviction import CacheLimits
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError, NotFound
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
-from lazysnap.layers.schedule import Limits
+from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.registry.client import Registry
-from lazysnap.registry.hosts import RegistrySettings
-from lazysnap.shard.settings import ShardSettings, write_settings
+from lazysnap.root import introduce, lock_root
+from lazysnap.settings import registry_settings, shard_settings
+from lazysnap.shard.settings import write_settings
+from lazysnap.snapshotter.announced import OpenAhead
 from lazysnap.snapshotter.direct import Streams
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
@@ -60,35 +59,22 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     root = os.path.realpath(config.root)
     tracing.setup()
     os.umask(0o022)  # directories of snapshots become "/" of containers
-    lock = _lock_root(root)
+    lock = lock_root(root, "serve")
     try:
         _check_address(config.address)
-        _introduce(root, config.address)
+        introduce(root, config.address)
         with (
+            plain_errors(),
             trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
             trio.open_signal_receiver(signal.SIGHUP) as hangups,
         ):
             async with trio.open_nursery() as nursery:
-
-                async def stop() -> None:
-                    async for number in signals:
-                        _log.info("stopping", signal=signal.Signals(number).name)
-                        break
-                    sdnotify.SystemdNotifier().notify("STOPPING=1")
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(stop)  # also while starting, which can take long
+                # Also while starting, which can take long.
+                nursery.start_soon(stop_at, signals, nursery)
                 reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
                 sdnotify.SystemdNotifier().notify("READY=1")
                 async for _ in hangups:
                     await _reload(load, reload)
-    except ExceptionGroup as group:
-        error: Exception = group
-        while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if isinstance(error, LazysnapError):
-            raise error from group  # the command line knows what to say of it
-        raise
     finally:
         tracing.end()
         os.close(lock)
@@ -102,7 +88,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    write_settings(root, _shard_settings(config))
+    write_settings(root, shard_settings(config))
     cache = Cache(os.path.join(root, "cache"))
     supervisor = Supervisor(
         root,
@@ -114,7 +100,7 @@ async def _serve(
     store = SnapshotStore(os.path.join(root, "metadata.db"))
     builders = Builders(os.cpu_count() or 1)
     try:
-        async with Registry(_registry_settings(config)) as registry, trio.open_nursery() as nursery:
+        async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)
             showing = Showing(cache, supervisor, kernel_trees=config.lazy.kernel_trees)
             opener = Opener(
@@ -124,7 +110,8 @@ async def _serve(
                 allow_unverified=config.lazy.allow_unverified,
                 trees=cache.trees if showing.composing else "",
             )
-            user_namespace = mounts.overlay_facts().user_namespace
+            finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
+            ahead = OpenAhead(registry, opener, finder, nursery)
             layers = ShardLayers(
                 root,
                 supervisor,
@@ -136,9 +123,10 @@ async def _serve(
                     enabled=config.fetch.learn_profiles,
                     seconds=config.fetch.learn_seconds,
                 ),
-                ProfileFinder(root, registry, enabled=config.fetch.find_profiles),
+                finder,
                 showing,
-                b"user.overlay.opaque" if user_namespace else b"trusted.overlay.opaque",
+                ahead,
+                mounts.overlay_facts().opaque_xattr,
             )
             snapshotter = Snapshotter(
                 root,
@@ -153,6 +141,9 @@ async def _serve(
             await watcher.begin()
             if config.metrics_address:
                 await nursery.start(monitor.serve, config.metrics_address, watcher.text)
+            if config.lazy.enabled:
+                announced = {"announce": ahead.image}
+                await nursery.start(channel.serve, os.path.join(root, "daemon.sock"), announced)
             await nursery.start(service.serve, snapshotter, config.address)
             nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
@@ -214,8 +205,8 @@ class Reload:
                 _log.warning("this change takes a restart", key=key.path, **values)
         self._config = config = configuration.reloaded(self._config, new)
         log.setup(config.log_level, config.log_format)
-        write_settings(self._root, _shard_settings(config))
-        self._registry.apply(_registry_settings(config))
+        write_settings(self._root, shard_settings(config))
+        self._registry.apply(registry_settings(config))
         answers = await self._supervisor.call_all("reload")
         for shard in (number for number, answer in answers.items() if answer is None):
             # The next worker reads them anyway.
@@ -233,54 +224,6 @@ async def _reload(load: Callable[[], Config], reload: Reload) -> None:
         _log.error("configuration not reloaded", error=error, hint=error.hint or "")
     finally:
         systemd.notify("READY=1")
-
-
-def _registry_settings(config: Config) -> RegistrySettings:
-    return RegistrySettings(
-        plain_http_hosts=frozenset(config.registry.plain_http_hosts),
-        retry_seconds=config.registry.retry_seconds,
-        stall_seconds=config.registry.stall_seconds,
-    )
-
-
-def _shard_settings(config: Config) -> ShardSettings:
-    return ShardSettings(
-        registry=_registry_settings(config),
-        cache=CacheLimits(
-            size_limit_bytes=config.cache.size_limit_bytes,
-            reserve_bytes=config.cache.reserve_bytes,
-            reserve_percent=config.cache.reserve_percent,
-        ),
-        log_level=config.log_level,
-        log_format=config.log_format,
-        decode_threads=config.shards.decode_threads,
-        limits=_limits(config),
-        background=config.fetch.background,
-        background_delay_seconds=config.fetch.background_delay_seconds,
-        probe_valid_seconds=config.registry.probe_valid_seconds,
-    )
-
-
-def _limits(config: Config) -> Limits:
-    """The limits of one shard; those on bytes are shared out."""
-    shards = config.shard_count()
-    return Limits(
-        connections=config.fetch.connections,
-        bytes_per_second=-(-config.fetch.bytes_per_second // shards),
-        host_bytes_per_second=-(-config.fetch.host_bytes_per_second // shards),
-    )
-
-
-def _introduce(root: str, address: str) -> None:
-    """Say in `daemon.json` who serves the root; it counts as long as `lock` is held."""
-    path = os.path.join(root, "daemon.json")
-    facts = {"pid": os.getpid(), "version": lazysnap.__version__, "address": address}
-    try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(facts, file)
-        os.rename(f"{path}.new", path)
-    except OSError as error:
-        _log.warning("cannot write who serves the root", path=path, error=error)
 
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:
@@ -304,24 +247,3 @@ def _check_address(address: str) -> None:
         f"something already serves at {address}",
         hint="stop the other lazysnap, or give this one another socket with --address",
     )
-
-
-def _lock_root(root: str) -> int:
-    """Make sure that no other daemon uses the root; held as long as the descriptor is open."""
-    try:
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        fd = os.open(os.path.join(root, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the root {root} cannot be used: {error.strerror}",
-            hint="lazysnap serve must run as root; choose another directory with --root",
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise ConfigError(
-            f"another lazysnap serve uses {root}",
-            hint="stop it first (systemctl stop lazysnap), or choose another --root",
-        ) from error
-    return fd

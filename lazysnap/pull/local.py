@@ -19,7 +19,7 @@ import trio
 from lazysnap import log, oci
 from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.errors import LazysnapError, Unavailable
-from lazysnap.unpack.process import Job
+from lazysnap.unpack.process import Answer, Job
 from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
@@ -101,14 +101,14 @@ class LocalLayer:
         self._appliers = appliers
         self._scope = trio.CancelScope()
         self._done = trio.Event()
-        self._diff_id: str | None = None
+        self._answer: Answer | None = None
 
     async def run(self) -> None:
         """Unpack; a failure is left to `result`."""
         try:
             with self._scope:
-                answer = await self._appliers.apply(self._job, self._tap.pieces(self._blob.size))
-                self._diff_id = answer.diff_id
+                pieces = self._tap.pieces(self._blob.size)
+                self._answer = await self._appliers.apply(self._job, pieces)
         except LazysnapError as error:
             _log.debug("layer is left to the diff service", layer=self._blob.digest, error=error)
         finally:
@@ -118,11 +118,21 @@ class LocalLayer:
     async def result(self) -> str | None:
         """The diff id when all is unpacked; None if it could not be."""
         await self._done.wait()
-        return self._diff_id
+        return None if self._answer is None else self._answer.diff_id
+
+    @property
+    def target(self) -> str:
+        """The directory that it is unpacked into."""
+        return self._job.target
+
+    @property
+    def left_out(self) -> list[bytes]:
+        """What the layers below are needed for, see `lazysnap.unpack.applier.inherit`."""
+        return [] if self._answer is None else self._answer.left_out
 
     def spoiled(self) -> bool:
         """Whether something was left in the directory that is not the layer."""
-        return self._diff_id is None and not _is_empty(self._job.target)
+        return self._answer is None and not is_empty(self._job.target)
 
     async def cancel(self) -> None:
         """Stop; nothing is written any more when this returns."""
@@ -153,7 +163,7 @@ def job_for(blob: oci.Descriptor, mounts: Sequence[Mount], address: str) -> Job 
         target, whiteouts = mount.source, "remove"  # as the diff service does below all others
     else:
         return None
-    if not _is_empty(target) or not _is_beside(address):
+    if not is_empty(target) or not _is_beside(address):
         return None
     disk = os.statvfs(target)
     return Job(
@@ -166,7 +176,8 @@ def job_for(blob: oci.Descriptor, mounts: Sequence[Mount], address: str) -> Job 
     )
 
 
-def _is_empty(directory: str) -> bool:
+def is_empty(directory: str) -> bool:
+    """Whether a directory can be read and has nothing in it."""
     try:
         return os.path.isabs(directory) and not os.listdir(directory)
     except OSError:

@@ -16,7 +16,7 @@ from lazysnap.containerd.content import Content
 from lazysnap.errors import NotFound
 from lazysnap.labels import MAX_LABEL_BYTES
 from lazysnap.reference import Reference
-from lazysnap.registry.client import Image
+from lazysnap.registry.image import Image
 
 _GC_REF = "containerd.io/gc.ref.content."
 _UNCOMPRESSED = "containerd.io/uncompressed"

@@ -12,13 +12,14 @@ import trio
 
 from lazysnap.containerd.client import Containerd
 from lazysnap.errors import LazysnapError
-from lazysnap.oci import Platform
+from lazysnap.platforms import Platform
 from lazysnap.pull import metadata
 from lazysnap.pull.download import Downloads
 from lazysnap.pull.progress import LayerResult, Progress, PullResult
 from lazysnap.pull.unpack import Layer, Unpacker, plan
 from lazysnap.reference import Reference
-from lazysnap.registry.client import Image, Registry
+from lazysnap.registry.client import Registry
+from lazysnap.registry.image import Image
 
 
 async def pull(
@@ -28,6 +29,7 @@ async def pull(
     snapshotter: str,
     platform: Platform,
     progress: Progress | None = None,
+    image: Image | None = None,
 ) -> PullResult:
     """Pull an image; layers that the snapshotter mounts lazily are not downloaded.
 
@@ -38,13 +40,14 @@ async def pull(
         snapshotter: name of the snapshotter in containerd's configuration.
         platform: which of the image's platforms.
         progress: receives events.
+        image: what the reference points to, if that is known already.
 
     Raises:
         RegistryError: the registry does not have it, refuses it, or cannot be reached.
         LazysnapError: containerd or the snapshotter failed, or the image is malformed.
     """
     progress = progress or Progress()
-    image = await registry.fetch_image(reference, platform)
+    image = image or await registry.fetch_image(reference, platform)
     layers = plan(image)
     progress.resolved([layer.blob for layer in layers])
     async with containerd.lease() as leased:

@@ -23,6 +23,7 @@ from lazysnap.digest import Digest
 from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
 from lazysnap.layers.profile import Profile, Read, from_reads
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
+from lazysnap.platforms import Platform
 
 _DOCUMENT_LIMIT = 8 << 20
 _CALL_SECONDS = 30.0
@@ -43,7 +44,7 @@ class LocalImage:
     layers: tuple[Digest, ...]
 
 
-async def find_image(containerd: Containerd, name: str, platform: oci.Platform) -> LocalImage:
+async def find_image(containerd: Containerd, name: str, platform: Platform) -> LocalImage:
     """Look an image up.
 
     Raises:

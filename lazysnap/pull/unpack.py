@@ -32,11 +32,12 @@ from lazysnap.errors import (
     NotFound,
     Unavailable,
 )
-from lazysnap.pull.download import Downloads
+from lazysnap.pull.download import PARALLEL, Downloads
 from lazysnap.pull.local import LocalLayer, job_for
 from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerResult, LayerState, Progress
-from lazysnap.registry.client import Image
+from lazysnap.pull.staging import StagedLayer, Staging
+from lazysnap.registry.image import Image
 from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
@@ -119,18 +120,22 @@ class Unpacker:
         nursery: trio.Nursery,
     ) -> None:
         self._nursery = nursery
-        self._appliers = Appliers(1)
         self._containerd = containerd
+        self._appliers = Appliers(PARALLEL)
         self._snapshots: Snapshots = containerd.snapshots(snapshotter)
         self._lazy_possible = snapshotter not in _BUILTIN
         self._layers = layers
         self._downloads = downloads
         self._labeller = labeller
+        self._staging = Staging(
+            self._snapshots, downloads, self._appliers, nursery, containerd.address, _new_key
+        )
         self._progress = progress
         self._results: list[LayerResult] = []
         # whether the snapshotter gets layers by itself is known from its first answer
         self._direct = False
         self._answered = trio.Event()
+        self._turn = 0
 
     async def run(self) -> list[LayerResult]:
         """Bring all layers into snapshots.
@@ -139,8 +144,12 @@ class Unpacker:
             LazysnapError: a layer could not be had or unpacked.
         """
         self._start_certain()
-        for layer in self._layers:
-            self._results.append(await self._layer(layer))
+        try:
+            for layer in self._layers:
+                self._turn = layer.number
+                self._results.append(await self._layer(layer))
+        finally:
+            await self._staging.aclose()
         return self._results
 
     def _start_certain(self) -> None:
@@ -155,7 +164,11 @@ class Unpacker:
     def _absent(self, layer: Layer) -> Callable[[], Awaitable[bool]]:
         async def needed() -> bool:
             await self._answered.wait()
-            return not self._direct and await _Absent(self._snapshots, layer.chain_id)()
+            if self._direct or not await _Absent(self._snapshots, layer.chain_id)():
+                return False
+            if layer.number > self._turn:
+                await self._staging.begin(layer.number, layer.blob)
+            return True
 
         return needed
 
@@ -231,12 +244,17 @@ class Unpacker:
         await self._labeller.uncompressed(layer.blob.digest, layer.diff_id)
         return self._result(layer, LayerState.UNPACKED, reason)
 
-    async def _begin_here(self, layer: Layer, mounts: Mounts) -> LocalLayer | None:
-        """Unpack a layer while it is downloaded, if we can and its download has not begun."""
+    async def _begin_here(self, layer: Layer, mounts: Mounts) -> LocalLayer | StagedLayer | None:
+        """Unpack a layer while it is downloaded, if we can, and have begun or its download has not."""
         address = self._containerd.address
         job = await trio.to_thread.run_sync(job_for, layer.blob, mounts, address)
-        tap = None if job is None else self._downloads.tap(layer.number, layer.blob)
-        if job is None or tap is None:
+        if job is None:
+            return None
+        staged = self._staging.take(layer.number, job)
+        if staged is not None:
+            return staged
+        tap = self._downloads.tap(layer.number, layer.blob)
+        if tap is None:
             return None
         local = LocalLayer(layer.blob, job, tap, self._appliers)
         self._nursery.start_soon(local.run)

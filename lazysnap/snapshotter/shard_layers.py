@@ -17,10 +17,10 @@ from typing import NamedTuple
 import msgspec
 import trio
 
-from lazysnap import log, mounts
+from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, LazysnapError, NotLazy, Unavailable
-from lazysnap.labels import RemoteRequest, parse_remote_request
+from lazysnap.labels import parse_remote_request
 from lazysnap.layers.inherit import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.layers.slots import (
@@ -35,10 +35,12 @@ from lazysnap.layers.view import LayerView, open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
+from lazysnap.snapshotter.announced import OpenAhead
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.remote import Attached, Lower
 from lazysnap.snapshotter.showing import Showing, record_of
+from lazysnap.snapshotter.unshown import Unshown
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
 
@@ -66,10 +68,11 @@ class ShardLayers:
         root: lazysnap's root directory.
         supervisor: of the shards.
         opener: of layers.
-        nursery: where the other layers of an image are opened ahead.
+        nursery: where starts of containers are watched.
         learner: of start-up profiles.
         finder: of profiles in the registry.
         showing: makes layers visible.
+        ahead: opens the other layers of an image.
         opaque_xattr: how overlay on this node marks opaque directories.
     """
 
@@ -81,7 +84,8 @@ class ShardLayers:
         nursery: trio.Nursery,
         learner: Learner,
         finder: ProfileFinder,
-        showing: Showing,
+        showing: Showing | Unshown,
+        ahead: OpenAhead,
         opaque_xattr: bytes = b"trusted.overlay.opaque",
     ) -> None:
         self._root = root
@@ -91,9 +95,9 @@ class ShardLayers:
         self._learner = learner
         self._finder = finder
         self._showing = showing
+        self._ahead = ahead
         self._opaque_xattr = opaque_xattr
         self._warned: dict[int, float] = {}
-        self._ahead: set[Digest] = set()
         self._local: set[int] = set()  # slots of which the cache had everything when last asked
 
     async def prepare(
@@ -104,9 +108,7 @@ class ShardLayers:
         if request is None:
             raise NotLazy("the labels name no layer", reason="no-image-labels")
         reference = Reference.parse(request.reference)
-        if request.manifest_digest is not None:
-            self._nursery.start_soon(self._finder.look, reference, request.manifest_digest)
-        self._open_ahead(request, reference)
+        self._ahead.above(request, reference)
         source = LayerSource(
             reference,
             request.layer_digest,
@@ -120,7 +122,7 @@ class ShardLayers:
         if request.manifest_digest is not None:
             await self._finder.settled(request.manifest_digest, _PROFILE_SECONDS)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
-        special = merged.xattrs and not self._showing.composing
+        special = merged.xattrs and not self._showing.any_shard
         shard = self._supervisor.choose(request.layer_digest, xattrs=special)
         if special:
             await self._supervisor.ensure(shard)
@@ -157,35 +159,13 @@ class ShardLayers:
             raise
         return attachment
 
-    def _open_ahead(self, request: RemoteRequest, reference: Reference) -> None:
-        """Begin with the layers above, which will be asked for next, while this one is opened."""
-        manifest = request.manifest_digest
-        if manifest is None or manifest in self._ahead or not request.upper_layers:
-            return
-        if len(self._ahead) > 1000:
-            self._ahead.clear()
-        self._ahead.add(manifest)
-
-        async def one(digest: Digest) -> None:
-            source = LayerSource(reference, digest, manifest=manifest)
-            try:
-                await self._opener.open(source)
-            except LazysnapError as error:
-                # Whatever is wrong with it will be said when it is asked for.
-                _log.debug("layer not opened ahead", layer=digest, error=error)
-            except Exception:  # a defect must not end the daemon
-                _log.exception("opening a layer ahead failed")
-
-        for digest in request.upper_layers:
-            self._nursery.start_soon(one, digest)
-
     def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
         """In a thread: what the layers below mean for how this one is shown."""
         index = open_index(self._index_path(index_name))
         trees = [self._tree(lower) for lower in lowers]
         try:
             inherited = inherit(index, trees)
-            opaque = hides_something(index, trees)
+            opaque = not self._showing.knows_below or hides_something(index, trees)
         except OSError as error:
             raise Internal(f"a lower layer cannot be read: {error}") from error
         xattrs = opaque or index.has_xattrs or any(entry.xattrs for entry in inherited)
@@ -306,8 +286,7 @@ class ShardLayers:
         for shard in shards:
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(shard, "detach", slots=stale)
-        points = {point.path for point in await trio.to_thread.run_sync(mounts.mount_points)}
-        failed = sum(each.mountpoint not in points for each in attached)
+        failed = await trio.to_thread.run_sync(self._showing.missing, attached)
         counts.add(families.RESTORED, "failed", failed)
         counts.add(families.RESTORED, "ok", len(attached) - failed)
         if attached:

@@ -42,7 +42,12 @@ class Showing:
         cache: of the root.
         supervisor: of the shards.
         kernel_trees: have the kernel serve trees if it can.
+
+    Attributes:
+        knows_below: the snapshots below a layer are what will be below it in each overlay.
     """
+
+    knows_below = True
 
     def __init__(self, cache: Cache, supervisor: Supervisor, *, kernel_trees: bool) -> None:
         self._cache = cache
@@ -58,6 +63,11 @@ class Showing:
             cache.recover_after_boot()
         if kernel_trees and problem:
             _log.info("the kernel cannot serve trees, shards do", why=problem)
+
+    @property
+    def any_shard(self) -> bool:
+        """Whether a layer with extended attributes may be on whichever shard."""
+        return self.composing
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         """Make a layer visible.
@@ -94,6 +104,11 @@ class Showing:
                 self.show(record_of(each.attachment), each.mountpoint)
             except LazysnapError as error:
                 _log.error("layer not mounted", slot=each.attachment.slot, error=error)
+
+    def missing(self, attached: Sequence[Attached]) -> int:
+        """How many layers are not visible."""
+        points = {point.path for point in mounts.mount_points()}
+        return sum(each.mountpoint not in points for each in attached)
 
     def _serves(
         self, there: MountPoint, attachment: Attachment, points: dict[str, MountPoint]

@@ -29,7 +29,7 @@ from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.lazy import LazySnapshots
 from lazysnap.snapshotter.locks import KeyLocks, Turn
 from lazysnap.snapshotter.remote import RemoteLayers
-from lazysnap.store.records import NO_LABELS, Lineage, Snapshot, Usage
+from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
 from lazysnap.store.snapshots import SnapshotStore
 
 _log = log.get(__name__)
@@ -232,6 +232,15 @@ class Snapshotter:
             NotFound: there is none.
         """
         return await self._in_turn(self._store.stat, key)
+
+    async def attachment(self, key: str) -> Attachment | None:
+        """What is served for a snapshot, if it is lazy.
+
+        Raises:
+            NotFound: there is none.
+        """
+        lineage = await self._in_turn(self._store.lineage, key)
+        return lineage.attachments.get(lineage.snapshot.id)
 
     async def update(
         self, key: str, labels: Mapping[str, str], paths: Sequence[str] = ()

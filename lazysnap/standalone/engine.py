@@ -21,6 +21,7 @@ from lazysnap.layers.opener import Opener
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
+from lazysnap.snapshotter.announced import OpenAhead
 from lazysnap.snapshotter.direct import Streams
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
@@ -145,15 +146,15 @@ def _layers(
 ) -> ShardLayers:
     showing = Showing(cache, supervisor, kernel_trees=True)
     opener = Opener(cache.index, registry, builders, trees=cache.trees if showing.composing else "")
+    finder = ProfileFinder(root, registry, enabled=find_profiles)
     return ShardLayers(
         root,
         supervisor,
         opener,
         nursery,
         Learner(root, supervisor, enabled=False, seconds=0),
-        ProfileFinder(root, registry, enabled=find_profiles),
+        finder,
         showing,
-        b"user.overlay.opaque"
-        if mounts.overlay_facts().user_namespace
-        else b"trusted.overlay.opaque",
+        OpenAhead(registry, opener, finder, nursery),
+        mounts.overlay_facts().opaque_xattr,
     )

@@ -12,7 +12,7 @@ from lazysnap import oci
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, FormatError, Internal
 from lazysnap.overlay import Mount
-from lazysnap.registry.client import Image
+from lazysnap.registry.image import Image
 from lazysnap.snapshotter.direct import Layer
 from lazysnap.standalone.engine import Engine
 from lazysnap.standalone.records import committed

@@ -17,9 +17,10 @@ import trio
 
 from lazysnap import fsconfig, log, mounts
 from lazysnap.errors import AlreadyExists, FailedPrecondition, Internal, InvalidArgument
-from lazysnap.oci import Platform
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
-from lazysnap.registry.client import Image, Registry
+from lazysnap.registry.client import Registry
+from lazysnap.registry.image import Image
 from lazysnap.standalone import engine
 from lazysnap.standalone import root as roots
 from lazysnap.standalone.engine import Engine

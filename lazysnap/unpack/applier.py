@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, Internal, InvalidArgument, LazysnapError
+from lazysnap.unpack.attributes import Attributes, refused_xattrs
 from lazysnap.unpack.entries import Entries
 from lazysnap.unpack.root import OPEN_DIRECTORY, Root, empty
 from lazysnap.unpack.stream import Source, TarStream
-from lazysnap.unpack.tree import Tree
+from lazysnap.unpack.tree import Tree, find_below
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _IMPOSSIBLE = (
@@ -60,6 +61,8 @@ class Options:
         same_owner: give files to the owner that the tar says; None if running as root.
         devices: make devices; False to leave them out, as is usual in a user namespace.
         root_entry: apply the attributes of `./` to the target. containerd ignores them.
+        alone: the layers below are not there yet: `inherit` is to be called when they are. Such a layer
+            can be refused with the reason `needs-lower`, and not with `lowers` at hand.
         most_bytes: of the tar, and of all files with their holes; None for no limit.
         most_entries: files and directories; None for no limit.
     """
@@ -69,6 +72,7 @@ class Options:
     same_owner: bool | None = None
     devices: bool = True
     root_entry: bool = False
+    alone: bool = False
     most_bytes: int | None = None
     most_entries: int | None = None
 
@@ -83,6 +87,7 @@ class Applied:
         entries: files and directories in it.
         ignored_xattrs: how many xattrs were not set.
         examples: names of some of them.
+        left_out: with `Options.alone`, what to hand to `inherit`.
     """
 
     diff_id: Digest
@@ -90,6 +95,7 @@ class Applied:
     entries: int
     ignored_xattrs: int = 0
     examples: tuple[str, ...] = ()
+    left_out: tuple[bytes, ...] = ()
 
 
 def apply(
@@ -137,6 +143,38 @@ def apply(
             raise
 
 
+def inherit(
+    target: str, lowers: Sequence[str], left_out: Sequence[bytes], whiteouts: Whiteouts
+) -> None:
+    """Finish a layer that was applied alone, once the layers below it are there.
+
+    Args:
+        target: with the layer.
+        lowers: directories of the layers below, nearest first.
+        left_out: as it was told.
+        whiteouts: as the layer was applied.
+
+    Raises:
+        Internal: the system refused something.
+    """
+    if not left_out:
+        return
+    roots = [Root(_open(lower)) for lower in lowers]
+    form = _form(Options(whiteouts=whiteouts))
+    attributes = Attributes(same_owner=form.same_owner, refused=refused_xattrs(form.opaque))
+    try:
+        made = Root(os.open(target, OPEN_DIRECTORY))
+        for path in left_out:
+            lower = find_below(path, roots)
+            if lower is not None:
+                fd = made.directory(path).fd
+                mode, times = attributes.inherit(fd, lower.fd)
+                os.chmod(fd, mode)
+                os.utime(fd, ns=times)
+    except OSError as error:
+        raise Internal(f"{target} cannot be finished: {error.strerror or error}") from error
+
+
 def _run(
     stream: TarStream,
     entries: Entries,
@@ -159,7 +197,14 @@ def _run(
     diff_id, length = stream.finish()
     tree.finish()
     attributes = tree.attributes
-    return Applied(diff_id, length, number, attributes.ignored, tuple(attributes.examples))
+    return Applied(
+        diff_id,
+        length,
+        number,
+        attributes.ignored,
+        tuple(attributes.examples),
+        tuple(sorted(tree.left_out)),
+    )
 
 
 def _form(options: Options) -> Tree.Form:
@@ -169,7 +214,7 @@ def _form(options: Options) -> Tree.Form:
         Whiteouts.USER: b"user.overlay.opaque",
         Whiteouts.REMOVE: b"",
     }[options.whiteouts]
-    return Tree.Form(opaque, same_owner, options.devices, options.root_entry)
+    return Tree.Form(opaque, same_owner, options.devices, options.root_entry, options.alone)
 
 
 def _open_target(target: str, options: Options) -> int:

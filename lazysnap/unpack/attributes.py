@@ -58,6 +58,22 @@ class Attributes:
             os.chown(fd, uid, gid)
         self.xattrs(fd, xattrs, stat.S_IFDIR)
 
+    def inherit(self, fd: int, lower: int) -> tuple[int, tuple[int, int]]:
+        """Of a directory that a layer leaves out: those that it has below.
+
+        Args:
+            fd: the directory, open.
+            lower: the one below, open.
+
+        Returns:
+            Mode and times, which come when all is in it.
+        """
+        status = os.fstat(lower)
+        names = [os.fsencode(name) for name in os.listxattr(lower)]
+        xattrs = [(n, os.getxattr(lower, n)) for n in names if not n.startswith(b"trusted.")]
+        self.of_directory(fd, status.st_uid, status.st_gid, xattrs)
+        return stat.S_IMODE(status.st_mode), (status.st_atime_ns, status.st_mtime_ns)
+
     def of_symlink(self, directory: Directory, name: bytes, entry: Entry) -> None:
         """Of a symbolic link, which has no mode."""
         if self.same_owner:
@@ -135,6 +151,16 @@ class Attributes:
         self.ignored += 1
         if len(self.examples) < _SHOWN and show(name) not in self.examples:
             self.examples.append(show(name))
+
+
+def refused_xattrs(opaque: bytes) -> tuple[bytes, ...]:
+    """Prefixes of xattrs that a layer must not set.
+
+    Args:
+        opaque: xattr that marks opaque directories.
+    """
+    # what overlay obeys there
+    return (b"trusted.", b"user.overlay.") if opaque.startswith(b"user.") else (b"trusted.",)
 
 
 @contextlib.contextmanager

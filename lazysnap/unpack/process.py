@@ -37,6 +37,7 @@ class Job(msgspec.Struct, kw_only=True):
         lowers: directories of the layers below, nearest first.
         devices: whether devices can be made.
         most_bytes: limit on the unpacked layer.
+        alone: see `Options`.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Job(msgspec.Struct, kw_only=True):
     lowers: list[str] = []
     devices: bool = True
     most_bytes: int | None = None
+    alone: bool = False
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -58,6 +60,7 @@ class Answer(msgspec.Struct, kw_only=True):
         entries: files and directories in it.
         ignored_xattrs: how many were not set.
         examples: names of some of them.
+        left_out: see `Applied`.
     """
 
     error: tuple[str, str, str | None, str] | None = None
@@ -66,6 +69,7 @@ class Answer(msgspec.Struct, kw_only=True):
     entries: int = 0
     ignored_xattrs: int = 0
     examples: list[str] = []
+    left_out: list[bytes] = []
 
 
 class _Input:
@@ -91,6 +95,7 @@ def _unpack(job: Job, stream: BinaryIO) -> Answer:
         lowers=job.lowers,
         devices=job.devices,
         most_bytes=job.most_bytes,
+        alone=job.alone,
     )
     source = _Input(stream, job.size)
     try:
@@ -106,6 +111,7 @@ def _unpack(job: Job, stream: BinaryIO) -> Answer:
         entries=done.entries,
         ignored_xattrs=done.ignored_xattrs,
         examples=list(done.examples),
+        left_out=list(done.left_out),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lazysnap.errors import FormatError
 from lazysnap.formats import tar
-from lazysnap.unpack.attributes import Attributes
+from lazysnap.unpack.attributes import Attributes, refused_xattrs
 from lazysnap.unpack.entries import Entry
 from lazysnap.unpack.root import OPEN_DIRECTORY, Directory, NotADirectoryThere, Root, remove
 from lazysnap.unpack.stream import TarStream
@@ -26,6 +26,9 @@ _SPECIAL = {
 }
 _UNTIL_FINISHED = 0o700
 """Mode of directories while files are made in them."""
+_MOST_LEFT_OUT = 4096
+NEEDS_LOWER = "needs-lower"
+"""Reason of the error when a layer can only be unpacked when those below are there."""
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Tree:
 
     Attributes:
         attributes: what sets them.
+        left_out: with `Form.alone`, paths of directories that the layer leaves out.
     """
 
     @dataclass(frozen=True, slots=True)
@@ -59,12 +63,14 @@ class Tree:
             same_owner: set owners.
             devices: make devices.
             root_entry: apply the attributes of the tar's root to the top.
+            alone: nothing of the layers below can be looked at yet.
         """
 
         opaque: bytes
         same_owner: bool
         devices: bool
         root_entry: bool
+        alone: bool
 
     def __init__(
         self,
@@ -74,10 +80,9 @@ class Tree:
         lowers: Sequence[Root],
         check: Callable[[], object],
     ) -> None:
-        refused: tuple[bytes, ...] = (b"trusted.",)
-        if form.opaque.startswith(b"user."):
-            refused += (b"user.overlay.",)  # as much a command to overlay there
-        self.attributes = Attributes(same_owner=form.same_owner, refused=refused)
+        self.attributes = Attributes(
+            same_owner=form.same_owner, refused=refused_xattrs(form.opaque)
+        )
         self._root = Root(top, self._make_left_out, self._replace_whiteout, self._note_times)
         self._stream = stream
         self._form = form
@@ -86,6 +91,7 @@ class Tree:
         self._late: dict[bytes, _Late] = {}
         # paths of this layer, which whiteouts that remove files must spare
         self._own: set[bytes] = set()
+        self.left_out: set[bytes] = set()
         self._note_times(self._root.top)
 
     def add(self, entry: Entry) -> None:
@@ -175,6 +181,8 @@ class Tree:
             self._write(fd, length)
 
     def _directory(self, directory: Directory, name: bytes, entry: Entry) -> None:
+        if directory.child(name) in self.left_out:
+            raise FormatError("a directory behind what is in it", reason=NEEDS_LOWER)
         try:
             os.mkdir(name, _UNTIL_FINISHED, dir_fd=directory.fd)
         except FileExistsError:
@@ -227,6 +235,8 @@ class Tree:
         except FileNotFoundError:
             return
         if stat.S_ISDIR(found.st_mode):
+            if self.left_out:
+                raise FormatError("a directory is replaced", reason=NEEDS_LOWER)
             remove(directory.fd, name)
         else:
             os.unlink(name, dir_fd=directory.fd)
@@ -240,14 +250,13 @@ class Tree:
         fd = os.open(name, OPEN_DIRECTORY, dir_fd=directory.fd)
         made = Directory(fd, directory.child(name))
         self._late[made.path] = _Late(0o755, None)
-        for lower in self._lowers:
-            try:
-                found = lower.find(made.path)
-            except NotADirectoryThere:
-                break
-            if found is not None:
-                self._inherit(made, found)
-                break
+        if self._form.alone:
+            self.left_out.add(made.path)
+            if len(self.left_out) > _MOST_LEFT_OUT:
+                raise FormatError("too many directories are left out", reason=NEEDS_LOWER)
+        lower = find_below(made.path, self._lowers)
+        if lower is not None:
+            self._late[made.path] = _Late(*self.attributes.inherit(made.fd, lower.fd))
         return made
 
     def _note_times(self, directory: Directory) -> None:
@@ -256,14 +265,6 @@ class Tree:
             status = os.fstat(directory.fd)
             times = status.st_atime_ns, status.st_mtime_ns
             self._late[directory.path] = _Late(stat.S_IMODE(status.st_mode), times)
-
-    def _inherit(self, made: Directory, lower: Directory) -> None:
-        status = os.fstat(lower.fd)
-        names = [os.fsencode(name) for name in os.listxattr(lower.fd)]
-        xattrs = [(n, os.getxattr(lower.fd, n)) for n in names if not n.startswith(b"trusted.")]
-        self.attributes.of_directory(made.fd, status.st_uid, status.st_gid, xattrs)
-        times = status.st_atime_ns, status.st_mtime_ns
-        self._late[made.path] = _Late(stat.S_IMODE(status.st_mode), times)
 
     def _replace_whiteout(self, directory: Directory, name: bytes) -> bool:
         """Something of this layer is below a name that the layer deletes: the name is there."""
@@ -325,6 +326,23 @@ class Tree:
                 raise
             return None
         return path if stat.S_ISDIR(found.st_mode) else None
+
+
+def find_below(path: bytes, lowers: Sequence[Root]) -> Directory | None:
+    """The directory that a path is in the layers below.
+
+    Args:
+        path: of a directory of this layer.
+        lowers: nearest first.
+    """
+    for lower in lowers:
+        try:
+            found = lower.find(path)
+        except NotADirectoryThere:
+            return None
+        if found is not None:
+            return found
+    return None
 
 
 def _clean(name: bytes) -> bytes:

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from lazysnap.containerd.client import Containerd
-from lazysnap.oci import OCI_MANIFEST, Platform
+from lazysnap.oci import OCI_MANIFEST
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
 from tests.support.containerd import PrivateContainerd, private_containerd

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lowest layer is unpacked here while it is downloaded; containerd does it if that fails."""
+"""Layers are unpacked here while they are downloaded; containerd does it if that fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lazysnap.pull.puller import pull
 from lazysnap.registry import Registry
 from lazysnap.unpack.processes import Appliers
 from tests.pull.conftest import AMD64, serve
-from tests.support import images, tree
+from tests.support import images, layers, tree
 from tests.support.containerd import PrivateContainerd
 from tests.support.registry import FaultyRegistry
 from tests.support.views import make_view
@@ -79,10 +79,10 @@ async def test_the_tree_is_containerds(
     reference = serve(server, layout)
     registry.allow_plain_http(reference.host)
     await pull(reference, client, registry, "overlayfs", AMD64)
-    assert _applied(daemon) == 2
+    assert _applied(daemon) == 0
     command = ("images", "pull", "--plain-http", reference.name)
     await trio.to_thread.run_sync(lambda: daemon.ctr(*command, namespace="other"))
-    assert _applied(daemon) == 5
+    assert _applied(daemon) == 3
     found = [
         await trio.to_thread.run_sync(
             _tree, daemon, layout.chain_ids[-1], tmp_path / namespace, namespace
@@ -92,6 +92,8 @@ async def test_the_tree_is_containerds(
     for each in found:
         del each[b"."]  # made with the snapshot
     assert tree.differences(*found) == [], tree.report(tree.differences(*found))
+    kinds = {kind for _, kind in daemon.snapshots("overlayfs").values()}
+    assert kinds == {"Committed", "View"}  # none that was only unpacked in
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,51 @@ async def test_what_fails_here_is_done_by_containerd(
     assert b"left" not in found
     kinds = {kind for _, kind in daemon.snapshots("overlayfs").values()}
     assert kinds <= {"Committed", "View"}
+
+
+_LOW = [
+    layers.directory("a", mode=0o711, uid=11, gid=12),
+    layers.file("a/hidden", b"x"),
+    layers.file("gone", b"x"),
+]
+_HIGH: list[list[layers.Entry]] = [
+    [layers.whiteout("gone"), layers.file("a/b/new", b"its parents are left out")],
+    [layers.opaque(""), layers.file("a/only", b"all else is hidden")],
+    [layers.file("late/f", b"x"), layers.directory("late", mode=0o700)],
+]
+
+
+@pytest.mark.parametrize("high", [_HIGH[:1], _HIGH[:2], _HIGH[2:], _HIGH])
+async def test_what_layers_have_to_do_with_those_below(
+    high: list[list[layers.Entry]],
+    daemon: PrivateContainerd,
+    client: Containerd,
+    server: FaultyRegistry,
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    tars = [layers.make_tar(each) for each in (_LOW, *high)]
+    made = images.write_layout(tmp_path / "l", [images.gzip_layer(tar) for tar in tars])
+    reference = serve(server, made)
+    registry.allow_plain_http(reference.host)
+    await pull(reference, client, registry, "overlayfs", AMD64)
+    assert _applied(daemon) == (1 if high[-1] is _HIGH[2] else 0)
+    command = ("images", "pull", "--plain-http", reference.name)
+    await trio.to_thread.run_sync(lambda: daemon.ctr(*command, namespace="other"))
+    found = [
+        await trio.to_thread.run_sync(_tree, daemon, made.chain_ids[-1], tmp_path / name, name)
+        for name in ("default", "other")
+    ]
+    left = [
+        each
+        for each in tree.differences(*found)
+        if (each.path, each.field) != (b".", "mtime")
+        and not (each.path in (b"a", b"a/b", b"late") and each.field == "mtime")
+    ]
+    assert left == [], tree.report(left)
+    assert found[0][b"a"]["uid"] == "11"
+    if high[0] is _HIGH[0]:
+        assert b"gone" not in found[0]
 
 
 def _blob(media_type: str = OCI_LAYER_GZIP) -> Descriptor:

@@ -19,8 +19,10 @@ import pytest
 
 from fixtures.images import catalogue
 from lazysnap.containerd.client import Containerd
+from lazysnap.errors import FormatError
 from lazysnap.oci import Descriptor
-from lazysnap.unpack.applier import Options, Whiteouts, apply
+from lazysnap.unpack.applier import Options, Whiteouts, apply, inherit
+from lazysnap.unpack.tree import NEEDS_LOWER
 from tests.support import images, odd, tree
 from tests.support.containerd import PrivateContainerd, private_containerd
 from tests.unpack.corpus import compressed, digest, gnu_tar, pack, unpack
@@ -102,6 +104,36 @@ async def test_odd_layers_as_by_containerd(
             target = tmp_path / str(number)
             unpack(tar, target, Options(whiteouts=mode, lowers=lowers))
             _same(target, theirs[number], _listed(tar))
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_odd_layers_alone_and_finished_later(name: str, tmp_path: Path) -> None:
+    lowers: list[str] = []
+    for number, tar in enumerate(_layers(name)):
+        target, alone = tmp_path / str(number), tmp_path / f"alone-{number}"
+        unpack(tar, target, Options(lowers=lowers))
+        try:
+            applied = unpack(tar, alone, Options(alone=True))
+        except FormatError as error:
+            assert error.reason == NEEDS_LOWER
+            assert name == "twice"
+        else:
+            inherit(str(alone), lowers, applied.left_out, Whiteouts.TRUSTED)
+            found = tree.differences(tree.read_tree(str(target)), tree.read_tree(str(alone)))
+            # whiteouts, and what no layer has, are as old as the unpacking
+            found = [
+                each
+                for each in found
+                if each.field != "mtime" or _inherited(each.path, target, lowers)
+            ]
+            assert not [each for each in found if each.path != b"."], tree.report(found)
+        lowers.insert(0, str(target))
+
+
+def _inherited(path: bytes, target: Path, lowers: Sequence[str]) -> bool:
+    """Whether something is a directory in a layer and in one of those below."""
+    places = [os.path.join(os.fsencode(tree), path) for tree in (target, *lowers)]
+    return os.path.isdir(places[0]) and any(map(os.path.isdir, places[1:]))
 
 
 @pytest.mark.containerd

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lazysnap.errors import FormatError
 from lazysnap.unpack.applier import Options, Whiteouts
+from lazysnap.unpack.tree import NEEDS_LOWER
 from tests.support.odd import Entry, capability, file, folder, hardlink, opaque, symlink, whiteout
 from tests.unpack.corpus import END, pack, pax, raw, unpack
 
@@ -51,6 +53,24 @@ def test_user_whiteouts(tmp_path: Path) -> None:
     unpack(tar, tmp_path, Options(whiteouts=Whiteouts.USER))
     assert os.listxattr(tmp_path / "o") == ["user.overlay.opaque"]
     assert os.listxattr(tmp_path / "x") == ["user.mine"]
+
+
+@root
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [file("a/f"), folder("a")],
+        [file("a/b/f"), folder("c"), symlink("c", "a")],
+        [file(f"{number}/f") for number in range(5000)],
+    ],
+)
+def test_what_cannot_be_unpacked_without_those_below(entries: list[Entry], tmp_path: Path) -> None:
+    tar = pack(entries)
+    with pytest.raises(FormatError) as caught:
+        unpack(tar, tmp_path / "alone", Options(alone=True))
+    assert caught.value.reason == NEEDS_LOWER
+    assert list((tmp_path / "alone").iterdir()) == []
+    unpack(tar, tmp_path / "with")
 
 
 @root

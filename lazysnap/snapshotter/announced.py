@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that will be asked for soon: opened while the client is still on its way.
+
+containerd asks for one layer after the other, and each would wait for its table of contents. So all
+layers of an image are opened together: when the first of them is asked for, as its labels name the
+others, or even before, when `lazysnap pull` announces the image as soon as it is started, which spares
+it the time that Python needs to start. Nothing depends on it: a layer that was not opened ahead is
+opened when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from lazysnap import log, oci
+from lazysnap.digest import Digest
+from lazysnap.errors import LazysnapError
+from lazysnap.labels import RemoteRequest
+from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.platforms import Platform
+from lazysnap.reference import Reference
+from lazysnap.registry.client import Registry
+from lazysnap.snapshotter.finder import ProfileFinder
+
+_log = log.get(__name__)
+_REMEMBERED = 1000
+_AT_ONCE = 4
+
+
+class OpenAhead:
+    """Opens the layers of images before they are asked for.
+
+    Args:
+        registry: client.
+        opener: of layers.
+        finder: of profiles in the registry.
+        nursery: where all that runs.
+    """
+
+    def __init__(
+        self, registry: Registry, opener: Opener, finder: ProfileFinder, nursery: trio.Nursery
+    ) -> None:
+        self._registry = registry
+        self._opener = opener
+        self._finder = finder
+        self._nursery = nursery
+        self._begun: set[Digest] = set()
+        self._limit = trio.CapacityLimiter(_AT_ONCE)
+
+    async def image(self, reference: str, platform: str) -> dict[str, Any]:
+        """Resolve an image that will be pulled, and begin to open its layers.
+
+        Args:
+            reference: of the image.
+            platform: as `Platform.parse` takes it.
+
+        Returns:
+            Its documents, which spare the client to ask for them again: `documents`, a list of media
+            type and bytes from what the reference points to down to the manifest, and `config`, bytes.
+
+        Raises:
+            LazysnapError: it cannot be resolved. Not worth more than that the client tries it.
+        """
+        parsed = Reference.parse(reference)
+
+        def resolved(descriptor: oci.Descriptor, manifest: oci.Manifest) -> None:
+            self._nursery.start_soon(self._finder.look, parsed, descriptor.digest)
+            if self._first_time(descriptor.digest):
+                self._all(parsed, descriptor.digest, manifest)
+
+        async with self._limit:
+            self._opener.expect()
+            image = await self._registry.fetch_image(parsed, Platform.parse(platform), resolved)
+        return {
+            "documents": [[each.media_type, data] for each, data in image.documents],
+            "config": image.config_bytes,
+        }
+
+    def above(self, request: RemoteRequest, reference: Reference) -> None:
+        """Begin with the layers above one that is asked for, and with its image's profile.
+
+        Args:
+            request: what the labels of the layer say.
+            reference: of its image.
+        """
+        manifest = request.manifest_digest
+        if manifest is None:
+            return
+        self._nursery.start_soon(self._finder.look, reference, manifest)
+        if request.upper_layers and self._first_time(manifest):
+            for digest in request.upper_layers:
+                self._nursery.start_soon(
+                    self._open, LayerSource(reference, digest, manifest=manifest)
+                )
+
+    def _first_time(self, manifest: Digest) -> bool:
+        if manifest in self._begun:
+            return False
+        if len(self._begun) > _REMEMBERED:
+            self._begun.clear()
+        self._begun.add(manifest)
+        return True
+
+    def _all(self, reference: Reference, digest: Digest, manifest: oci.Manifest) -> None:
+        for layer in manifest.layers or ():
+            source = LayerSource(
+                reference,
+                layer.digest,
+                layer.size,
+                layer.media_type,
+                layer.annotations or {},
+                digest,
+                complete=True,
+            )
+            self._nursery.start_soon(self._open, source)
+
+    async def _open(self, source: LayerSource) -> None:
+        try:
+            await self._opener.open(source)
+        except LazysnapError as error:
+            # Whatever is wrong with it will be said when it is asked for.
+            _log.debug("layer not opened ahead", layer=source.digest, error=error)
+        except Exception:  # a defect must not end the daemon
+            _log.exception("opening a layer ahead failed")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In place of `Showing`, for layers that are not mounted one by one.
+
+Whoever uses them finds them on their shard by name (see `lazysnap.shard.names`) and puts them together
+as it likes: nobody here knows what will be below a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+from lazysnap.layers.slots import SlotRecord
+from lazysnap.shard.settings import serve_xattrs_everywhere
+from lazysnap.snapshotter.remote import Attached, Lower
+
+
+class Unshown:
+    """Mounts nothing.
+
+    Args:
+        root: lazysnap's root directory; all its shards serve extended attributes from now on.
+
+    Attributes:
+        any_shard: as in `Showing`.
+        knows_below: as in `Showing`.
+    """
+
+    any_shard = True
+    knows_below = False
+
+    def __init__(self, root: str) -> None:
+        serve_xattrs_everywhere(root)
+
+    def show(self, record: SlotRecord, mountpoint: str) -> None:
+        """Nothing."""
+
+    def restore(self, attached: Sequence[Attached]) -> None:
+        """Nothing."""
+
+    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
+        """The directories as they are, which is for nobody to see."""
+        return [layer.directory for layer in layers]
+
+    def hide(self, slot: int, mountpoint: str) -> None:
+        """Nothing."""
+
+    def clean(self, slots: Container[int]) -> None:
+        """Nothing."""
+
+    def missing(self, attached: Sequence[Attached]) -> int:
+        """None of them."""
+        return 0
