@@ -29,6 +29,7 @@ _COMMANDS = {
     "report": "Show how an image started, and what held it up.",
     "serve": "Run the snapshotter.",
     "status": "Show what is mounted and how much of it is local.",
+    "store": "Serve lazy layers to Podman and CRI-O.",
     "umount": "Unmount what `lazysnap mount` has mounted.",
 }
 """Name, which is also the module's name here, and the line for `lazysnap --help`."""

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import click
 import trio
 
-from lazysnap import config, log
+from lazysnap import config, log, places
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
 from lazysnap.check.running import exit_code, repair, run
 from lazysnap.cli import interrupt
 from lazysnap.config import Config
-from lazysnap.containerd.client import DEFAULT_ADDRESS
 from lazysnap.errors import ConfigError
 from lazysnap.reference import Reference
 from lazysnap.registry.hosts import RegistrySettings
@@ -32,7 +31,7 @@ from lazysnap.registry.hosts import RegistrySettings
 @click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
 @click.option("--address", type=click.Path(), help="Socket of lazysnap serve.")
 @click.option(
-    "--containerd", default=DEFAULT_ADDRESS, envvar="CONTAINERD_ADDRESS", show_default=True,
+    "--containerd", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS", show_default=True,
     metavar="SOCKET", help="containerd's socket.",
 )  # fmt: skip
 @click.option(

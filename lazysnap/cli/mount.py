@@ -11,7 +11,7 @@ import click
 
 from lazysnap import log
 from lazysnap.cli import interrupt
-from lazysnap.oci import Platform
+from lazysnap.platforms import Platform
 from lazysnap.quantities import bytes_text
 from lazysnap.reference import ARCHIVE, LAYOUT, Reference
 from lazysnap.standalone.image import LayerResult

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from lazysnap import config, log
+from lazysnap import config, log, places
 from lazysnap.cli import interrupt
-from lazysnap.containerd.client import DEFAULT_ADDRESS, Containerd
+from lazysnap.containerd.client import Containerd
 from lazysnap.errors import InvalidArgument, NotFound
 from lazysnap.layers.profile import ARTIFACT_TYPE, Profile, parse, serialize
 from lazysnap.layers.profiles import ProfileStore
-from lazysnap.oci import Platform
+from lazysnap.platforms import Platform
 from lazysnap.pull import recording
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, push_referrer
@@ -25,7 +25,7 @@ from lazysnap.snapshotter.finder import fetch_profiles
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("image", metavar="IMAGE")
 @click.argument("run", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
-@click.option("--address", default=DEFAULT_ADDRESS, envvar="CONTAINERD_ADDRESS",
+@click.option("--address", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS",
               show_default=True, metavar="SOCKET", help="containerd's socket.")  # fmt: skip
 @click.option("--namespace", "-n", default="default", envvar="CONTAINERD_NAMESPACE",
               show_default=True, help="containerd's namespace.")  # fmt: skip

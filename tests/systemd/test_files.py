@@ -24,13 +24,14 @@ def test_the_sample_is_what_the_code_prints() -> None:
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    for name in ("lazysnap.service", "system-lazysnap.slice"):
+    names = ("lazysnap.service", "lazysnap-store.service", "system-lazysnap.slice")
+    for name in names:
         text = (FILES / name).read_text()
         # It would complain that this is not installed.
         (tmp_path / name).write_text(text.replace("/opt/lazysnap/bin/lazysnap", "/bin/true"))
     command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no"]
     done = subprocess.run(
-        [*command, str(tmp_path / "lazysnap.service"), str(tmp_path / "system-lazysnap.slice")],
+        [*command, *(str(tmp_path / name) for name in names)],
         capture_output=True,
         text=True,
         check=False,

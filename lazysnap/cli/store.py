@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazysnap store`: the additional layer store that Podman and CRI-O use."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+import trio
+
+from lazysnap import config, log
+
+DEFAULT_ROOT = "/var/lib/lazysnap-store"
+
+
+@click.command()
+@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
+@click.option(
+    "--root",
+    type=click.Path(),
+    default=DEFAULT_ROOT,
+    show_default=True,
+    help="Directory of all state, not the one of lazysnap serve.",
+)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."
+)
+@click.option(
+    "--unmount-on-exit",
+    is_flag=True,
+    help="Take down the mount when stopping. Containers that use it break.",
+)
+@click.option(
+    "--shard-slice",
+    default="",
+    metavar="SLICE",
+    help="Start the serving process in a scope of this systemd slice, apart from the daemon.",
+)
+def command(
+    config_path: str | None,
+    root: str,
+    log_level: str | None,
+    unmount_on_exit: bool,
+    shard_slice: str,
+) -> None:
+    """Serve lazy layers to Podman, Buildah and CRI-O until SIGTERM.
+
+    Clients find layers in ROOT/store, which /etc/containers/storage.conf has to name:
+
+    \b
+      [storage.options]
+      additionallayerstores = ["/var/lib/lazysnap-store/store:ref"]
+
+    The configuration file is that of lazysnap serve (default: /etc/lazysnap/config.toml); what it says
+    of root and socket does not count. Containers go on reading when the daemon stops.
+    """
+    settings = msgspec.structs.replace(config.load(config_path), root=root)
+    if log_level:
+        settings = msgspec.structs.replace(settings, log_level=log_level)
+    log.setup(settings.log_level, settings.log_format)
+    from lazysnap.layerstore import serving  # after the options are known to be right
+
+    async def serve() -> None:
+        await serving.run(settings, unmount_on_exit=unmount_on_exit, shard_slice=shard_slice)
+
+    trio.run(serve)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon of the additional layer store: puts all parts together and runs until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from functools import partial
+
+import msgspec
+import sdnotify
+import trio
+
+import lazysnap
+from lazysnap import channel, log, mounts, watchdog
+from lazysnap.cache import Cache
+from lazysnap.config import Config
+from lazysnap.errors import Internal, LazysnapError, NotFound
+from lazysnap.layers.builders import Builders
+from lazysnap.layers.opener import Opener
+from lazysnap.layerstore.images import Images
+from lazysnap.layerstore.layers import LayerStore
+from lazysnap.layerstore.references import References
+from lazysnap.layerstore.storages import Storages
+from lazysnap.layerstore.trees import KernelTrees
+from lazysnap.lifetime import plain_errors, stop_at
+from lazysnap.registry.client import Registry
+from lazysnap.root import introduce, lock_root
+from lazysnap.settings import registry_settings, shard_settings
+from lazysnap.shard import names
+from lazysnap.shard.settings import write_settings
+from lazysnap.snapshotter.announced import OpenAhead
+from lazysnap.snapshotter.finder import ProfileFinder
+from lazysnap.snapshotter.learner import Learner
+from lazysnap.snapshotter.shard_layers import ShardLayers
+from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.unshown import Unshown
+from lazysnap.store.snapshots import SnapshotStore
+from lazysnap.supervisor import Supervisor
+
+_log = log.get(__name__)
+_COLLECT_SECONDS = 60.0
+# Clients tell that they are done with a layer just before they remove it from their storage.
+_SETTLE_SECONDS = 1.0
+_FORGOTTEN_SECONDS = 0.02
+_LINK = "store"
+# A client's path of a layer leads to one mount.
+_SHARDS = 1
+
+
+async def run(config: Config, *, unmount_on_exit: bool, shard_slice: str = "") -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        config: of which the sections of lazy layers, shards, fetching, registries and cache count.
+        unmount_on_exit: take down the mount when stopping; containers that use it break.
+        shard_slice: see `Supervisor`.
+
+    Raises:
+        ConfigError: another daemon uses the root, or it cannot be used.
+        LazysnapError: something that is needed does not work.
+    """
+    root = os.path.realpath(config.root)
+    os.umask(0o022)
+    lock = lock_root(root, "store")
+    try:
+        introduce(root, names.socket_path(root))
+        with (
+            plain_errors(),
+            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+        ):
+            async with trio.open_nursery() as nursery:
+                # Also while starting, which can take long.
+                nursery.start_soon(stop_at, signals, nursery)
+                await _serve(config, root, unmount_on_exit, shard_slice)
+    finally:
+        os.close(lock)
+
+
+async def _serve(config: Config, root: str, unmount_on_exit: bool, shard_slice: str) -> None:
+    write_settings(root, msgspec.structs.replace(shard_settings(config), named=True))
+    supervisor = Supervisor(
+        root,
+        _SHARDS,
+        max_background=config.shards.max_background,
+        read_ahead_kib=config.shards.read_ahead_kib,
+        slice_name=shard_slice,
+        writable=True,
+    )
+    _make_path(root, supervisor)
+    store = SnapshotStore(os.path.join(root, "metadata.db"))
+    builders = Builders(os.cpu_count() or 1)
+    try:
+        async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
+            nursery.start_soon(builders.run)
+            cache = Cache(os.path.join(root, "cache"))
+            trees = KernelTrees(cache, supervisor, enabled=config.lazy.kernel_trees)
+            opener = Opener(
+                cache.index,
+                registry,
+                builders,
+                allow_unverified=config.lazy.allow_unverified,
+                trees=cache.trees if trees.possible else "",
+            )
+            layers = _layers(config, root, supervisor, registry, opener, nursery)
+            snapshotter = Snapshotter(
+                root, store, settings=Settings(sync_on_commit=False), remote=layers
+            )
+            await snapshotter.start(nursery)
+            nursery.start_soon(supervisor.watch)
+            await trio.to_thread.run_sync(trees.start)
+            await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
+            _log.info("ready", store=os.path.join(root, _LINK), version=lazysnap.__version__)
+            sdnotify.SystemdNotifier().notify("READY=1")
+            nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await snapshotter.aclose()
+    finally:
+        with trio.CancelScope(shield=True):
+            if unmount_on_exit:
+                await supervisor.stop()
+        store.close()
+
+
+async def _answers(snapshotter: Snapshotter) -> None:
+    """Return when the database has answered something."""
+    with contextlib.suppress(NotFound):
+        await snapshotter.stat("")
+
+
+def _layers(
+    config: Config,
+    root: str,
+    supervisor: Supervisor,
+    registry: Registry,
+    opener: Opener,
+    nursery: trio.Nursery,
+) -> ShardLayers:
+    finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
+    return ShardLayers(
+        root,
+        supervisor,
+        opener,
+        nursery,
+        Learner(root, supervisor, enabled=False, seconds=0),
+        finder,
+        Unshown(root),
+        OpenAhead(registry, opener, finder, nursery),
+        mounts.overlay_facts().opaque_xattr,
+    )
+
+
+async def _serve_layers(
+    root: str,
+    snapshotter: Snapshotter,
+    images: Images,
+    trees: KernelTrees,
+    nursery: trio.Nursery,
+) -> None:
+    """Answer workers, and collect what nobody uses any more."""
+    wakes, waits = trio.open_memory_channel[None](1)
+
+    def expect_garbage() -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            wakes.send_nowait(None)
+
+    references = References(Storages(root), nursery, expect_garbage)
+    layers = LayerStore(root, snapshotter, images, references, trees)
+    await layers.start()
+
+    async def find(reference: str, digest: str) -> int:
+        slot = await layers.find(reference, digest)
+        # Only when this is answered the path is there that something is mounted on.
+        nursery.start_soon(layers.show_trees)
+        return slot
+
+    async def released(slot: int, pid: int) -> None:
+        await layers.released(slot, pid)
+        expect_garbage()
+        nursery.start_soon(show_again)
+
+    async def show_again() -> None:
+        # The kernel forgets a path, and what is mounted there, when removing it fails with ENOENT.
+        await trio.sleep(_FORGOTTEN_SECONDS)
+        await layers.show_trees()
+
+    async def collect() -> None:
+        while True:
+            with trio.move_on_after(_COLLECT_SECONDS):
+                await waits.receive()
+                await trio.sleep(_SETTLE_SECONDS)
+            try:
+                await layers.collect()
+                await layers.show_trees()  # of a shard that was mounted anew
+            except LazysnapError as error:
+                _log.warning("unused layers are not removed", error=error)
+
+    handlers = {
+        "find": find,
+        "used": layers.used,
+        "released": released,
+        "collect": layers.collect,
+    }
+    await nursery.start(channel.serve, names.socket_path(root), handlers)
+    await layers.show_trees()
+    nursery.start_soon(collect)
+
+
+def _make_path(root: str, supervisor: Supervisor) -> None:
+    """Have a path for clients that is there from now on, also while nothing is mounted.
+
+    A client that does not find it refuses all work, and not only that with lazy layers.
+    """
+    path = os.path.join(root, _LINK)
+    target = os.path.join(supervisor.mountpoint(0), os.fsdecode(names.NAME))
+    with contextlib.suppress(OSError):  # a mount that is dead; the directory is below it
+        os.makedirs(target, exist_ok=True)
+    try:
+        if os.path.islink(path) and os.readlink(path) == target:
+            return
+        os.symlink(target, f"{path}.new")
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise Internal(f"cannot make {path}: {error.strerror}") from error
