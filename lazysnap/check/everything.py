@@ -12,6 +12,7 @@ from lazysnap.check import (
     kernel,
     mounted,
     overlay,
+    podman,
     registry,
     shards,
     store,
@@ -28,6 +29,7 @@ PROBES: tuple[Probe, ...] = (
     *shards.PROBES,
     *daemon.PROBES,
     *containerd.PROBES,
+    *podman.PROBES,
     *registry.PROBES,
     *image.PROBES,
 )

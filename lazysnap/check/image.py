@@ -14,6 +14,7 @@ from lazysnap.check.state import environment
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.registry.credentials import DockerConfig
@@ -28,7 +29,7 @@ async def image(context: Context) -> list[Finding]:
     """Opens each layer as Prepare would, into a directory that is thrown away."""
     if context.image is None:
         return []
-    wanted = oci.Platform.parse(f"linux/{platform.machine()}")
+    wanted = Platform.parse(f"linux/{platform.machine()}")
     credentials = DockerConfig(environ=environment(context))
     async with Registry(context.registry, credentials) as registry:
         try:
