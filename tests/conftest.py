@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-_NEEDS = ("root", "fuse", "containerd")
+_NEEDS = ("root", "fuse", "containerd", "podman")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "containerd": ""
         if shutil.which("containerd") and shutil.which("runc")
         else "needs containerd",
+        "podman": "" if shutil.which("podman") and shutil.which("runc") else "needs podman",
     }
     for item in items:
         for name, why in missing.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -55,19 +56,21 @@ class Page(HTMLParser):
 
 
 class Browser:
-    """A headless chromium with a profile of its own, which is started anew for each page."""
+    """A headless chromium, which is started anew for each page, with a new profile."""
 
     def __init__(self, directory: Path) -> None:
-        self._profile = directory / "chromium"
+        self._directory = directory
 
     def _run(self, page: Path, *options: str) -> tuple[str, list[str]]:
         assert CHROMIUM is not None
+        profile = tempfile.mkdtemp(prefix="chromium-", dir=self._directory)
         done = subprocess.run(
             [
                 *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"),
                 *("--disable-dev-shm-usage", "--no-first-run", "--disable-extensions"),
                 *("--disable-background-networking", "--disable-component-update"),
-                *(f"--user-data-dir={self._profile}", "--enable-logging=stderr", *options),
+                *("--disable-sync", "--disable-quic", f"--user-data-dir={profile}"),
+                *("--enable-logging=stderr", *options),
                 page.as_uri(),
             ],
             capture_output=True,

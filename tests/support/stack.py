@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -107,19 +108,12 @@ class Lazysnap:
 
     def call(self, shard: int, name: str, **arguments: Any) -> Any:
         """Call a worker's control socket; waits for one that is just being replaced."""
-        path = self.root / "shards" / f"{shard}.sock"
-        answers: list[dict[str, Any]] = []
+        return _answer(self.root / "shards" / f"{shard}.sock", name, arguments)
 
-        def answered() -> bool:
-            with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
-                answers.append(_ask(path, {"call": name, "args": arguments}))
-            return bool(answers)
-
-        wait_until(answered)
-        (answer,) = answers
-        if "error" in answer:
-            raise RuntimeError(str(answer["error"]))
-        return answer["ok"]
+    def announce(self, reference: str) -> Any:
+        """Tell the daemon of an image that will be pulled for this machine."""
+        arguments = {"reference": reference, "platform": f"linux/{platform.machine()}"}
+        return _answer(self.root / "daemon.sock", "announce", arguments)
 
     def workers(self) -> dict[int, int]:
         """The process id of each shard's worker."""
@@ -132,12 +126,29 @@ class Lazysnap:
     def kill_shards(self) -> None:
         """End all keepers and workers as a power cut would; their mounts are dead afterwards."""
         pids = [*self.keepers().values(), *self.workers().values()]
+        assert 1 not in pids, "a worker has lost its keeper, and init is not to be killed"
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
-def _ask(path: Path, question: dict[str, Any]) -> dict[str, Any]:
+def _answer(path: Path, name: str, arguments: dict[str, Any]) -> Any:
+    """Call a socket of ours until somebody answers."""
+    answers: list[dict[str, Any]] = []
+
+    def answered() -> bool:
+        with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
+            answers.append(ask(path, {"call": name, "args": arguments}))
+        return bool(answers)
+
+    wait_until(answered)
+    (answer,) = answers
+    if "error" in answer:
+        raise RuntimeError(str(answer["error"]))
+    return answer["ok"]
+
+
+def ask(path: Path, question: dict[str, Any]) -> dict[str, Any]:
     """Call a worker once; one that is just being killed may hang up."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
@@ -209,11 +220,14 @@ class Stack:
         layout = images.write_layout(self.directory / f"layout{self._pushed}", converted)
         return images.push(layout, self.registry.host, repository)
 
-    def pull(self, reference: str, *, snapshotter: str = SNAPSHOTTER) -> dict[str, Any]:
-        """`lazysnap pull --json`."""
+    def pull(
+        self, reference: str, *, snapshotter: str = SNAPSHOTTER, announced: bool = False
+    ) -> dict[str, Any]:
+        """`lazysnap pull --json`, which can tell the daemon of the image at once."""
         command = [
             *(sys.executable, "-m", "lazysnap", "pull", reference, "--plain-http", "--json"),
             *("--address", self.containerd.address, "--snapshotter", snapshotter),
+            *("--root", str(self.lazysnap.root if announced else self.directory / "none")),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import images, layers
-from tests.support.stack import Stack, stack
+from tests.support.stack import Stack, stack, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
@@ -129,3 +129,16 @@ def test_a_tampered_chunk_is_an_error_and_not_wrong_bytes(it: Stack) -> None:
     with pytest.raises(RuntimeError, match=r"I/O error|Input/output error"):
         it.run(reference, "cat", "/data/payload")
     assert "reading failed" in it.lazysnap.log()
+
+
+def test_an_announced_image_is_opened_before_it_is_pulled(it: Stack) -> None:
+    reference = it.push_busybox("announced", ["estargz", "zstd", "plain"])
+    answer = it.lazysnap.announce(reference)
+    assert len(answer["documents"]) == 1
+    index = it.lazysnap.root / "cache" / "index"
+    wait_until(lambda: len([path for path in index.iterdir() if "." not in path.name]) == 2)
+    opened = it.lazysnap.log().count("layer opened")
+    result = it.pull(reference, announced=True)
+    assert [layer["state"] for layer in result["layers"]] == ["lazy", "lazy", "unpacked"]
+    assert it.lazysnap.log().count("layer opened") == opened
+    assert it.run(reference, "sh", "-c", "cat /data/hello /etc/motd") == _EXPECTED

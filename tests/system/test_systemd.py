@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """lazysnap as a service of a real systemd: nothing that is done to the service breaks a container.
 
-Each test reads, in a container that runs all the time, a file that nobody has read before.
+A container reads during all of it without a pause, files that are local and files that have to be fetched,
+and compares every byte. How long the longest of its reads took is printed, and not judged.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import images, layers
-from tests.support.registry import DockerRegistry, docker_registry
+from tests.support.registry import docker_registry
 from tests.support.stack import wait_until
 from tests.systemd.machine import Machine, machine
+from tests.systemd.scene import CAPABILITY, CONTAINER, Scene, push_image
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
@@ -35,66 +33,10 @@ background = false
 learn_profiles = false
 find_profiles = false
 """
-# What the daemon unpacks takes more rights than what it serves.
-_CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service=ep
-_SPECIAL = [
-    layers.directory("special", uid=1000, gid=1001, mode=0o1777),
-    layers.file("special/setuid", b"x", uid=1000, mode=0o6755),
-    layers.file("special/capable", b"x", xattrs={"security.capability": _CAPABILITY}),
-    layers.Entry("special/null", "char", device=(1, 3), mode=0o666),
-]
 # Not those that are about the machine that the test runs on.
 _PROBES = {"daemon", "database", "layers", "mount-namespace", "mounts", "shard-mounts", "shards"}
-_FILES = 150
-_CONTAINER = "survivor"
-# Reads without end; what it reads has to be asked for again and again, and is right.
-_READ_ON = "while sleep 0.1; do sha256sum -c /known/sum >/dev/null || exit 1; done"
-
-
-class Scene:
-    """A machine with a container of a lazy image, and the files that are still to be read."""
-
-    def __init__(self, it: Machine, reference: str, files: dict[str, str]) -> None:
-        self.machine = it
-        self.reference = reference
-        self._files = iter(random.Random(3).sample(list(files.items()), len(files)))
-        self._reads = itertools.count()
-
-    def start_container(self) -> None:
-        self.machine.ctr(
-            # No share of the CPU: that takes a controller, which the host may have in use.
-            *("run", "--detach", "--snapshotter", "lazysnap", "--cpu-shares", "0"),
-            *(self.reference, _CONTAINER, "sh", "-c", _READ_ON),
-        )
-        # From now on containerd starts it again; it would race with `ctr run`.
-        self.restart_always("running")
-
-    def restart_always(self, status: str) -> None:
-        label = f"containerd.io/restart.status={status}"
-        self.machine.ctr("containers", "label", _CONTAINER, label)
-
-    def task(self) -> tuple[str, str]:
-        """Process id and state of the container."""
-        lines = self.machine.ctr("tasks", "ls").splitlines()[1:]
-        (task,) = [words for words in map(str.split, lines) if words[0] == _CONTAINER]
-        return task[1], task[2]
-
-    def running(self) -> bool:
-        lines = self.machine.ctr("tasks", "ls").splitlines()
-        return any(line.split()[0] == _CONTAINER and "RUNNING" in line for line in lines[1:])
-
-    def _cached(self, digest: str) -> bool:
-        return any(digest in path.name for path in self.machine.state.glob("cache/*/*/*"))
-
-    def read_on(self) -> None:
-        """Have the container read what has to be fetched."""
-        # What is beside something that was read may have come along with it.
-        path, digest = next(file for file in self._files if not self._cached(file[1]))
-        # By its exit status, as `ctr tasks exec` can lose the output of a process that ends soon.
-        self.machine.ctr(
-            *("tasks", "exec", "--exec-id", f"read{next(self._reads)}", _CONTAINER),
-            *("sh", "-c", f"echo '{digest}  {path}' | sha256sum -c"),
-        )
+# What a reader may get whose mount has no process any more.
+_GONE = {"ENOTCONN", "ECONNABORTED", "EIO"}
 
 
 @pytest.fixture(scope="module")
@@ -107,37 +49,16 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def _image(directory: Path, registry: DockerRegistry) -> tuple[str, dict[str, str]]:
-    """Push a lazy image; its reference, and the digest of each file that nobody reads at first."""
-    rng = random.Random(11)  # data, not a secret
-    known = rng.randbytes(100_000)
-    entries = [layers.directory("known"), layers.file("known/data", known)]
-    sums = f"{hashlib.sha256(known).hexdigest()}  /known/data\n"
-    entries.append(layers.file("known/sum", sums.encode()))
-    files = {}
-    for number in range(_FILES):
-        data = rng.randbytes(90_000)
-        # Each in a directory of its own, so that nobody guesses that they are read one by one.
-        entries += [layers.directory(f"d{number}"), layers.file(f"d{number}/f", data)]
-        files[f"/d{number}/f"] = hashlib.sha256(data).hexdigest()
-    # The end of a layer comes along with its table of contents.
-    entries.append(layers.file("end", rng.randbytes(2_000_000)))
-    made = [layers.estargz(images.busybox_tars()[0]), layers.estargz(entries)]
-    made.append(layers.plain(_SPECIAL))
-    converted = [images.Layer(m.blob, m.diff_id, m.media_type, m.annotations) for m in made]
-    layout = images.write_layout(directory / "layout", converted)
-    return images.push(layout, registry.host, "lazy"), files
-
-
 @pytest.fixture(scope="module")
 def booted(directory: Path) -> Iterator[Scene]:
     with docker_registry(directory) as registry:
-        reference, files = _image(directory, registry)
+        reference, files = push_image(directory, registry)
         (directory / "m").mkdir()
         with machine(directory / "m", CONFIG) as it:
             it.lazysnap("pull", reference, "--plain-http")
             scene = Scene(it, reference, files)
             scene.start_container()
+            scene.read_more()
             yield scene
 
 
@@ -149,14 +70,23 @@ def journal(booted: Scene) -> Iterator[None]:
 
 
 @pytest.fixture
-def scene(booted: Scene) -> Iterator[Scene]:
-    """The scene; after the test the container must still be the same, on the same shards."""
+def scene(
+    booted: Scene, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Scene]:
+    """The scene. Meanwhile the container reads on, without an error, and on the same shards."""
     it = booted.machine
     before, keepers = booted.task(), it.shards.keepers()
     assert before[1] == "RUNNING"
+    since = booted.forget()
     yield booted
     wait_until(lambda: it.active("lazysnap"))
     booted.read_on()
+    booted.read_more()
+    window = booted.window(since)
+    with capsys.disabled():
+        print(f"\n{request.node.name}: {window}")
+    assert window.failed == []
+    assert any(path in booted.files["new"] for path in window.fetched)
     assert booted.task() == before
     assert it.shards.keepers() == keepers
 
@@ -282,7 +212,7 @@ def test_what_the_daemon_unpacks_is_complete(scene: Scene) -> None:
         "capable": ("0o100644", 0, 0, 0),
         "null": ("0o20666", 0, 0, os.makedev(1, 3)),
     }
-    assert os.getxattr(special / "capable", "security.capability") == _CAPABILITY
+    assert os.getxattr(special / "capable", "security.capability") == CAPABILITY
 
 
 def test_check_finds_nothing_wrong(scene: Scene) -> None:
@@ -291,6 +221,59 @@ def test_check_finds_nothing_wrong(scene: Scene) -> None:
     ours = [one for one in found if one["id"] in _PROBES]
     assert {one["id"] for one in ours} == _PROBES
     assert [one for one in ours if one["level"] in ("warning", "failure")] == []
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_workers_are_killed(scene: Scene, times: int) -> None:
+    it = scene.machine
+    for _ in range(times):
+        workers = it.shards.workers()
+        for pid in workers.values():
+            it.signal(pid, "KILL")
+        scene.read_more()
+        assert not set(it.shards.workers().values()) & set(workers.values())
+
+
+def test_workers_and_daemon_are_killed_at_once(scene: Scene) -> None:
+    it = scene.machine
+    pid = _pid(it)
+    it.signal(" ".join([pid, *map(str, it.shards.workers().values())]), "KILL")
+    scene.read_more()
+    _wait_for_another(it, pid)
+
+
+def test_keepers_are_killed(booted: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """Workers serve on without keepers. When those end, too, the mounts are gone."""
+    it = booted.machine
+    keepers, workers = it.shards.keepers(), it.shards.workers()
+    since = booted.forget()
+    it.signal(" ".join(map(str, keepers.values())), "KILL")
+    wait_until(lambda: not any(it.path(f"/proc/{pid}").exists() for pid in keepers.values()))
+    booted.read_on()
+    booted.read_more()
+    window = booted.window(since)
+    with capsys.disabled():
+        print(f"\nkeepers killed: {window}")
+    assert window.failed == []
+    assert any(path in booted.files["new"] for path in window.fetched)
+    assert it.shards.workers() == workers
+
+    since = booted.noted()
+    it.signal(" ".join(map(str, workers.values())), "KILL")
+    booted.read_more()
+    window = booted.window(since)
+    with capsys.disabled():
+        print(f"\nworkers killed, too: {window}")
+    assert {each.outcome for each in window.reads} <= {"right", *_GONE}
+    # What was started before has the mounts that are gone; what is started now, the new ones.
+    (was, _) = booted.task()
+    it.ctr("tasks", "kill", "--signal", "KILL", CONTAINER)
+    wait_until(lambda: booted.running() and booted.task()[0] != was)
+    since = booted.noted()
+    booted.read_on()
+    booted.read_more()
+    assert booted.window(since).failed == []
+    assert not set(it.shards.keepers().values()) & set(keepers.values())
 
 
 @pytest.mark.parametrize("event", ["reboot", "power cut"])
@@ -304,6 +287,9 @@ def test_the_container_comes_back_after(booted: Scene, event: str) -> None:
     assert 0 < ready <= int(it.show("containerd", "ExecMainStartTimestampMonotonic"))
     wait_until(booted.running)
     booted.read_on()
+    since = booted.noted()
+    booted.read_more()
+    assert booted.window(since).failed == []
 
 
 def test_it_can_be_removed(booted: Scene) -> None:
@@ -311,8 +297,8 @@ def test_it_can_be_removed(booted: Scene) -> None:
     it = booted.machine
     booted.restart_always("stopped")
     wait_until(lambda: not booted.running())
-    it.ctr("tasks", "delete", "--force", _CONTAINER, check=False)
-    it.ctr("containers", "delete", _CONTAINER)
+    it.ctr("tasks", "delete", "--force", CONTAINER, check=False)
+    it.ctr("containers", "delete", CONTAINER)
     it.ctr("images", "rm", "--sync", booted.reference)
     it.run("systemctl", "disable", "--now", "lazysnap")
     it.serve_once("--unmount-on-exit")
