@@ -23,12 +23,19 @@ from typing import NoReturn
 from fixtures.processes import FixtureError
 from fixtures.showcase import Interrupted, interrupt, workplace
 
-from . import files, known, memory, report, start, tree
+from . import files, full, known, memory, report, start, tree
 from .origin import NETWORKS, Network, Origin, origin
 from .plan import Measure, Run
 from .scene import LAZYSNAP, OVERLAYFS, Side, scene
 
-MEASURES = [*start.MEASURES, *known.MEASURES, *tree.MEASURES, *files.MEASURES, *memory.MEASURES]
+MEASURES = [
+    *start.MEASURES,
+    *known.MEASURES,
+    *full.MEASURES,
+    *tree.MEASURES,
+    *files.MEASURES,
+    *memory.MEASURES,
+]
 _WORK = Path(__file__).resolve().parents[2] / ".work" / "bench"
 _SECONDS = 300
 """How long a run may take, the pull of the slowest side included."""
@@ -145,7 +152,12 @@ def _repeat(
                 continue
             load = os.getloadavg()[0]
             try:
-                with _bounded(), scene(_WORK, server, side, network) as it:
+                with (
+                    _bounded(),
+                    scene(
+                        _WORK, server, side, network, form=measure.form, config=measure.config
+                    ) as it,
+                ):
                     values, error = measure.run(it, image), ""
             except (FixtureError, OSError, subprocess.SubprocessError) as problem:
                 values, error = {}, str(problem)

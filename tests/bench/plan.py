@@ -27,6 +27,8 @@ class Measure:
         lazy_only: Whether it has no meaning for overlayfs, which has everything after the pull.
         learn: Done once before the runs, in a scene of its own with lazysnap, to know something.
             Peers have no such thing and are not measured.
+        form: Of the image, for all sides; empty for the one that each side is made for.
+        config: What stands in lazysnap's configuration file.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Measure:
     networks: tuple[str, ...] = ("unlimited",)
     lazy_only: bool = False
     learn: Callable[[Scene, Built], None] | None = None
+    form: str = ""
+    config: str = ""
 
     def skips(self, side: Side) -> bool:
         """Whether a side is not measured."""

@@ -71,6 +71,7 @@ class Scene:
         origin: The registry.
         client: The containerd.
         address: The snapshotter's socket, if it is not containerd's own.
+        form: The form of images that is pulled.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Scene:
         origin: Origin,
         client: Containerd,
         address: Path | None,
+        form: str,
     ) -> None:
         self.work = work
         self.side = side
@@ -88,12 +90,13 @@ class Scene:
         self.origin = origin
         self.client = client
         self._address = address
+        self._form = form
         self._mark = origin.mark()
         self._containers = 0
 
     def pull(self, image: Built) -> float:
         """Pull an image with everything cold; the monotonic time at which that began."""
-        reference = self.origin.reference(image, self.side.form, self.network)
+        reference = self.origin.reference(image, self._form, self.network)
         sides.drop_page_cache()
         self._mark = self.origin.mark()
         began = time.monotonic()
@@ -107,7 +110,7 @@ class Scene:
     def start(self, image: Built, command: Sequence[str], expected: str) -> float:
         """Run a container of a pulled image; the monotonic time of its first output."""
         self._containers += 1
-        reference = self.origin.reference(image, self.side.form, self.network)
+        reference = self.origin.reference(image, self._form, self.network)
         options = ("--rm", "--net-host", "--snapshotter", self.side.name)
         container = f"bench-{os.getpid()}-{self._containers}"
         words = self.client.command("run", *options, reference, container, *command)
@@ -116,14 +119,14 @@ class Scene:
     @contextlib.contextmanager
     def mounted(self, image: Built) -> Iterator[Path]:
         """Mount what a container of a pulled image would see."""
-        chain = compare.chain_id(self.origin.server, image.repository, self.side.form)
+        chain = compare.chain_id(self.origin.server, image.repository, self._form)
         target = self.work / "mounted"
         with compare.root_file_system(self.client, self.side.name, chain, target) as root:
             yield root
 
     def record(self, image: Built, command: Sequence[str]) -> bytes:
         """Have lazysnap record what a pulled image reads while a command starts; the profile."""
-        reference = self.origin.reference(image, self.side.form, self.network)
+        reference = self.origin.reference(image, self._form, self.network)
         profile = self.work / "profile.json"
         places = ("--address", self.client.address, "--root", self.work / LAZYSNAP)
         what = (reference, "--export", profile, "--plain-http")
@@ -182,8 +185,8 @@ class Scene:
             return self.client.command("images", "pull", *options)
         if self.side.name != LAZYSNAP:
             return self.client.command("images", "rpull", *options, client="ctr-remote")
-        address = ("--address", os.fspath(self.client.address))
-        return [os.fspath(sides.LAZYSNAP), "pull", *address, *options]
+        places = ("--address", os.fspath(self.client.address), "--root", f"{self.work / LAZYSNAP}")
+        return [os.fspath(sides.LAZYSNAP), "pull", *places, *options]
 
     def _processes(self) -> set[int]:
         """The listener of the snapshotter's socket, its descendants, and who bears its directory."""
@@ -208,7 +211,9 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator[Scene]:
+def scene(
+    place: Path, origin: Origin, side: Side, network: Network, *, form: str = "", config: str = ""
+) -> Iterator[Scene]:
     """Set up a side.
 
     Args:
@@ -216,6 +221,8 @@ def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator
         origin: The registry.
         side: The snapshotter.
         network: The way to the registry.
+        form: Of the images, if it is not the one that the side is made for.
+        config: Content of lazysnap's configuration file.
     """
     work = place / "s"
     work.mkdir()
@@ -224,12 +231,12 @@ def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator
             address = side.socket
             if side.name == LAZYSNAP or side.program is not None:
                 address = work / "lazysnap.sock"
-                stack.enter_context(_snapshotter(work, address, side.program))
+                stack.enter_context(_snapshotter(work, address, side.program, config))
             elif side.reset:
                 run(["sh", "-c", side.reset], timeout=60)
             plugins = {} if address is None else {side.name: address}
             client = stack.enter_context(containerd(work, plugins))
-            it = Scene(work, side, network, origin, client, address)
+            it = Scene(work, side, network, origin, client, address, form or side.form)
             yield it
             if side.socket is not None:
                 for image in client.ctr("images", "ls", "-q").split():
@@ -244,9 +251,9 @@ def scene(place: Path, origin: Origin, side: Side, network: Network) -> Iterator
 
 
 @contextlib.contextmanager
-def _snapshotter(work: Path, address: Path, program: Path | None) -> Iterator[None]:
+def _snapshotter(work: Path, address: Path, program: Path | None, config: str) -> Iterator[None]:
     log = work / "lazysnap.log"
-    command = sides.serve(work, address, program)
+    command = sides.serve(work, address, program, config)
     with daemon(command, log, lambda: address.exists() and accepts(address)):
         yield
 
