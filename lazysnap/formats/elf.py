@@ -19,6 +19,8 @@ HEAD_SIZE = 4096
 _DYNAMIC_MOST = 1 << 20
 _STRINGS_MOST = 16 << 20
 _NEEDED_MOST = 1000
+_PATHS_MOST = 2
+_STRING_MOST = 64 << 10
 
 _MAGIC = b"\x7fELF"
 _LOAD, _DYNAMIC, _INTERPRETER = 1, 2, 3
@@ -63,7 +65,7 @@ class Dynamic:
     Attributes:
         strings: where the string table is.
         needed: names of libraries.
-        paths: lists of directories to search for them.
+        paths: lists of directories to search for them, one of each of the two kinds at the most.
     """
 
     strings: Span
@@ -86,7 +88,8 @@ def parse_head(data: bytes) -> Head:
     try:
         (table,) = struct.unpack_from(order + ("Q" if wide else "I"), data, 32 if wide else 28)
         entry_size, count = struct.unpack_from(order + "HH", data, 54 if wide else 42)
-        if table > len(data):
+        # Entries do not overlap, so few of them fit into the head.
+        if table > len(data) or entry_size < (56 if wide else 32):
             raise FormatError("no program headers in an ELF file's head")
         entries = [_program_entry(data, table + n * entry_size, order, wide) for n in range(count)]
     except struct.error as error:
@@ -150,13 +153,13 @@ def parse_dynamic(head: Head, data: bytes) -> Dynamic | None:
     for address, span in head.loads:
         if address <= table < address + span.size:
             strings = Span(span.offset + table - address, size)
-            if size > _STRINGS_MOST or len(needed) > _NEEDED_MOST:
+            if size > _STRINGS_MOST or len(needed) > _NEEDED_MOST or len(paths) > _PATHS_MOST:
                 break
             return Dynamic(strings, tuple(needed), tuple(paths))
     raise FormatError("an ELF file without a fair string table")
 
 
 def string(strings: bytes, at: int) -> bytes:
-    """The string at an offset of a string table; empty if there is none."""
-    end = strings.find(b"\0", at)
+    """The string at an offset of a string table; empty if there is none, or it is far too long."""
+    end = strings.find(b"\0", at, at + _STRING_MOST)
     return strings[at:end] if 0 <= at <= end else b""

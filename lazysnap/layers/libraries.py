@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import trio
+
 from lazysnap.errors import FormatError
 from lazysnap.formats import elf
 from lazysnap.formats.elf import Span
@@ -29,6 +31,9 @@ from lazysnap.layers.schedule import Priority
 _WHOLE = 16 << 20
 _DIRECTORIES = (b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib")
 _PATH_MOST = 4096
+# What a file may have us search, whoever made it: directories of its own, and paths that are tried.
+_OWN_MOST = 64
+_TRIED_MOST = 2048
 _LINKER_CACHE = b"/etc/ld.so.cache"
 _EXECUTABLE = 0o111
 
@@ -133,21 +138,26 @@ class Libraries:
             return
         if dynamic is not None:
             strings = await source.read(node, dynamic.strings)
-            for found in self._needed(index.path(node), dynamic, strings):
+            # In a thread: what others want must not wait for a file that needs much.
+            needed = self._needed(index.path(node), dynamic, strings)
+            for found in await trio.to_thread.run_sync(list, needed):
                 self._have(found)
         for span in [Span(0, size)] if size <= _WHOLE else head.writable:
             await source.fetch(node, Span(span.offset, min(span.size, _WHOLE)))
 
     def _needed(self, path: bytes, dynamic: elf.Dynamic, strings: bytes) -> Iterator[Found | None]:
         """Where the libraries are that a file needs."""
-        own = b":".join(elf.string(strings, at) for at in dynamic.paths)
-        for word in (b"$ORIGIN", b"${ORIGIN}"):
-            own = own.replace(word, path.rpartition(b"/")[0])
-        directories = [*filter(None, own.split(b":")), *self._usual_directories()]
+        own = b":".join(elf.string(strings, at) for at in dynamic.paths).split(b":", _OWN_MOST)
+        expanded = [_expand(each, path.rpartition(b"/")[0]) for each in own[:_OWN_MOST]]
+        directories = [*filter(None, expanded), *self._usual_directories()]
+        left = _TRIED_MOST
         for at in dynamic.needed:
             name = elf.string(strings, at)
             places = [name] if b"/" in name else [b"%s/%s" % (d, name) for d in directories]
             found = (find_file(self._image.indexes, place) for place in places)
+            left -= len(places)
+            if left < 0 or len(name) > _PATH_MOST:
+                return
             yield next(filter(None, found), None)
 
     def _usual_directories(self) -> list[bytes]:
@@ -165,3 +175,10 @@ class Libraries:
     def _have(self, found: Found | None) -> None:
         if found is not None:
             self._want(self._image.slots[found.layer], found.node)
+
+
+def _expand(directory: bytes, origin: bytes) -> bytes:
+    """A directory that a file names, with the place of the file; empty if that makes it too long."""
+    for word in (b"$ORIGIN", b"${ORIGIN}"):
+        directory = directory.replace(word, origin)
+    return directory if len(directory) <= _PATH_MOST else b""

@@ -91,8 +91,24 @@ def test_a_string_table_that_is_nowhere_or_huge_is_refused() -> None:
             parse_dynamic(head, b"".join(struct.pack("<QQ", *entry) for entry in entries))
 
 
+def test_headers_that_overlap_are_refused() -> None:
+    data = bytearray(make_elf(["libc.so.6"]))
+    struct.pack_into("<HH", data, 54, 0, 65535)
+    with pytest.raises(FormatError):
+        parse_head(bytes(data[:HEAD_SIZE]))
+
+
+def test_more_lists_of_directories_than_a_linker_writes_are_refused() -> None:
+    data = make_elf(["libc.so.6"])
+    head = parse_head(data[:HEAD_SIZE])
+    entries = [(1, 1), *[(29, 1)] * 1000, (5, 0x400000), (10, 10), (0, 0)]
+    with pytest.raises(FormatError):
+        parse_dynamic(head, b"".join(struct.pack("<QQ", *entry) for entry in entries))
+
+
 def test_strings_outside_the_table_are_empty() -> None:
     assert [elf.string(b"\0ab\0c", at) for at in (1, 2, 4, 9)] == [b"ab", b"b", b"", b""]
+    assert elf.string(bytes(1) + b"x" * (1 << 20) + b"\0", 1) == b""
 
 
 def test_damaged_files_raise_nothing_else() -> None:

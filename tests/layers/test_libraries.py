@@ -109,6 +109,17 @@ async def test_a_library_that_is_named_by_its_path_is_not_looked_for() -> None:
     assert tree.wanted == ["10:opt/libx.so"]
 
 
+async def test_a_file_cannot_have_us_search_without_end() -> None:
+    """By millions of directories, or by ones that become long: neither takes noticeable time or memory."""
+    deep = "/".join(["d" * 250] * 15)
+    needed = [f"lib{n}.so" for n in range(1000)]
+    for runpath in ("a:" * (1 << 20), f"{'$ORIGIN' * 8000}:/own", ":".join(["/own"] * 30)):
+        program = make_elf(needed, runpath=runpath, size=4 << 20)
+        tree = Tree([file(f"{deep}/program", program), file("own/lib0.so", b"own")])
+        await tree.follow(f"{deep}/program")
+        assert tree.wanted == ["10:own/lib0.so"] * runpath.endswith("/own")
+
+
 async def test_of_a_large_library_only_what_loading_changes_is_fetched() -> None:
     size = 17 << 20
     tree = Tree([file("lib/liblarge.so", make_elf(["libc.so.6"], size=size))])
