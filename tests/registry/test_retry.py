@@ -28,6 +28,16 @@ async def test_waits_grow_and_end(autojump_clock: trio.testing.MockClock) -> Non
     assert 8 <= len(waits) <= 30
 
 
+async def test_a_server_that_asks_for_no_wait_is_not_flooded(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    backoff = Backoff("x", 30, 10)
+    with pytest.raises(RegistryUnreachable):
+        for _ in range(100):
+            await backoff.pause(Fault("y", retry_after=0))
+    assert backoff.retries <= 30
+
+
 async def test_progress_starts_the_time_again(autojump_clock: trio.testing.MockClock) -> None:
     backoff = Backoff("x", 10, 10)
     for _ in range(100):
