@@ -91,7 +91,7 @@ class Storages:
             Internal: a storage is there and cannot be read.
         """
         found = set()
-        for storage in self._known:
+        for storage in list(self._known):  # other threads add to them
             overlay = os.path.join(storage, "overlay")
             try:
                 names = os.listdir(overlay)

@@ -58,6 +58,26 @@ def test_a_storage_is_learned_from_who_changes_it(tmp_path: Path) -> None:
     assert found <= Storages(str(tmp_path)).layers()
 
 
+def test_a_storage_can_be_learned_while_others_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storages = Storages(str(tmp_path))
+    new = _storage(tmp_path / "new", "one/image:tag")
+    list_really = os.listdir
+
+    def list_meanwhile(path: str) -> list[str]:
+        """As another thread would, between two storages."""
+        if path.endswith("/overlay"):
+            with _holding(new / "overlay-layers" / "layers.lock") as pid:
+                assert storages.using(pid) is Using.STORING
+        return list_really(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", list_meanwhile)
+        storages.layers()
+    assert ("one/image:tag", _DIGEST) in storages.layers()
+
+
 def test_who_has_no_lock_only_looks(tmp_path: Path) -> None:
     storage = _storage(tmp_path / "s", "one/image:tag")
     storages = Storages(str(tmp_path))
