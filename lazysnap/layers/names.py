@@ -7,12 +7,11 @@ started knows as much as the one before.
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import msgspec
 
-from lazysnap.errors import Internal, NotFound
+from lazysnap.layers import recordfiles
 
 _VERSION = 1
 
@@ -36,8 +35,8 @@ class NamedLayer(msgspec.Struct, frozen=True, kw_only=True):
     unseen: int = 0
 
 
-def _path(root: str, slot: int) -> str:
-    return os.path.join(root, "names", str(slot))
+def _directory(root: str) -> str:
+    return os.path.join(root, "names")
 
 
 def write_name(root: str, name: NamedLayer) -> None:
@@ -46,16 +45,7 @@ def write_name(root: str, name: NamedLayer) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    path = _path(root, name.slot)
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(f"{path}.new", "wb") as file:
-            file.write(msgspec.msgpack.encode(name))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(f"{path}.new", path)
-    except OSError as error:
-        raise Internal(f"cannot write {path}: {error.strerror}") from error
+    recordfiles.write(_directory(root), name)
 
 
 def read_name(root: str, slot: int) -> NamedLayer:
@@ -65,28 +55,18 @@ def read_name(root: str, slot: int) -> NamedLayer:
         NotFound: the slot has none.
         Internal: the file cannot be read, or is no name.
     """
-    path = _path(root, slot)
-    try:
-        with open(path, "rb") as file:
-            name = msgspec.msgpack.decode(file.read(), type=NamedLayer)
-    except FileNotFoundError as error:
-        raise NotFound(f"slot {slot} has no name") from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise Internal(f"{path} cannot be read: {error}") from error
-    if name.version != _VERSION or name.slot != slot:
-        raise Internal(f"{path} is of another version of lazysnap, or of another slot")
-    return name
+    return recordfiles.read(_directory(root), slot, NamedLayer, _VERSION)
 
 
 def remove_name(root: str, slot: int) -> None:
-    """Remove a name; one that is not there is no error."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(_path(root, slot))
+    """Remove a name; one that is not there is no error.
+
+    Raises:
+        Internal: the disk refuses.
+    """
+    recordfiles.remove(_directory(root), slot)
 
 
 def list_names(root: str) -> list[int]:
     """The slots that have names."""
-    try:
-        return sorted(int(n) for n in os.listdir(os.path.join(root, "names")) if n.isdigit())
-    except FileNotFoundError:
-        return []
+    return recordfiles.numbers(_directory(root))

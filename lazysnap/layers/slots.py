@@ -8,12 +8,11 @@ twice.
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import msgspec
 
-from lazysnap.errors import Internal, NotFound
+from lazysnap.layers import recordfiles
 
 _VERSION = 1
 
@@ -61,8 +60,8 @@ class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
     annotations: dict[str, str] = {}
 
 
-def _path(root: str, slot: int) -> str:
-    return os.path.join(root, "slots", str(slot))
+def _directory(root: str) -> str:
+    return os.path.join(root, "slots")
 
 
 def write_slot(root: str, record: SlotRecord) -> None:
@@ -75,19 +74,7 @@ def write_slot(root: str, record: SlotRecord) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    path = _path(root, record.slot)
-    aside = f"{path}.new"
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(msgspec.msgpack.encode(record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise Internal(f"cannot write {path}: {error.strerror}") from error
+    recordfiles.write(_directory(root), record)
 
 
 def read_slot(root: str, slot: int) -> SlotRecord:
@@ -97,17 +84,7 @@ def read_slot(root: str, slot: int) -> SlotRecord:
         NotFound: there is no such slot.
         Internal: the file cannot be read, or is not a record.
     """
-    path = _path(root, slot)
-    try:
-        with open(path, "rb") as file:
-            record = msgspec.msgpack.decode(file.read(), type=SlotRecord)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no slot {slot}") from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise Internal(f"{path} cannot be read: {error}") from error
-    if record.version != _VERSION or record.slot != slot:
-        raise Internal(f"{path} is of another version of lazysnap, or of another slot")
-    return record
+    return recordfiles.read(_directory(root), slot, SlotRecord, _VERSION)
 
 
 def remove_slot(root: str, slot: int) -> None:
@@ -116,25 +93,17 @@ def remove_slot(root: str, slot: int) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    try:
-        os.unlink(_path(root, slot))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise Internal(f"cannot remove {_path(root, slot)}: {error.strerror}") from error
+    recordfiles.remove(_directory(root), slot)
 
 
 def list_slots(root: str) -> list[int]:
     """The slots that have a record."""
-    try:
-        return sorted(int(n) for n in os.listdir(os.path.join(root, "slots")) if n.isdigit())
-    except FileNotFoundError:
-        return []
+    return recordfiles.numbers(_directory(root))
 
 
 def slots_changed(root: str) -> int:
     """When a record was last written or removed, in nanoseconds by the file system's clock; 0: never."""
     try:
-        return os.stat(os.path.join(root, "slots")).st_mtime_ns
+        return os.stat(_directory(root)).st_mtime_ns
     except FileNotFoundError:
         return 0

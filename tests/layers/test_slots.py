@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from lazysnap.errors import Internal, NotFound
+from lazysnap.layers.names import NamedLayer, list_names, read_name, remove_name, write_name
 from lazysnap.layers.slots import (
     Inherited,
     SlotRecord,
@@ -56,3 +58,37 @@ def test_a_disk_that_refuses_is_an_error_and_leaves_nothing(tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "slots").iterdir()] == ["7"]
     with pytest.raises(Internal):
         remove_slot(str(tmp_path), 7)
+
+
+def test_threads_can_restore_a_record_at_the_same_time(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def restore() -> None:
+        try:
+            for _ in range(50):
+                write_slot(str(tmp_path), RECORD)
+                assert read_slot(str(tmp_path), 7) == RECORD
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=restore) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [p.name for p in (tmp_path / "slots").iterdir()] == ["7"]
+
+
+def test_names_are_kept_like_slots(tmp_path: Path) -> None:
+    name = NamedLayer(slot=7, reference="host/repo:tag", digest="sha256:" + "0" * 64, info=b"{}")
+    write_name(str(tmp_path), name)
+    assert read_name(str(tmp_path), 7) == name
+    assert list_names(str(tmp_path)) == [7]
+    remove_name(str(tmp_path), 7)
+    remove_name(str(tmp_path), 7)
+    with pytest.raises(NotFound):
+        read_name(str(tmp_path), 7)
+    (tmp_path / "names" / "7").mkdir()
+    with pytest.raises(Internal):
+        remove_name(str(tmp_path), 7)
