@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import http.cookiejar
 import ssl
-import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from lazysnap import __version__
 from lazysnap.errors import RegistryError
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
 from lazysnap.registry.pool import PoolTransport, UploadBody
+from lazysnap.registry.proxies import Proxies
 from lazysnap.registry.retry import Fault
 
 _URL_LIMIT = 16 << 10
@@ -213,7 +213,7 @@ class Transport:
         default_factory=dict
     )
     _counters: dict[str, _Counter] = field(default_factory=dict)
-    _proxies: dict[str, str] = field(default_factory=urllib.request.getproxies)
+    _proxies: Proxies = field(default_factory=Proxies)
 
     async def aclose(self) -> None:
         """Close all connections; answers that are still open break."""
@@ -298,7 +298,7 @@ class Transport:
         )
 
     def _client(self, url: str, tls: TLSOptions) -> httpx.AsyncClient:
-        key = (tls if url.startswith("https:") else None, self._proxy(url))
+        key = (tls if url.startswith("https:") else None, self._proxies.find(url))
         client = self._clients.get(key)
         if client is None:
             client = self._clients[key] = self._new_client(*key)
@@ -331,16 +331,6 @@ class Transport:
             trust_env=False,
             headers={"User-Agent": f"lazysnap/{__version__}"},
         )
-
-    def _proxy(self, url: str) -> str | None:
-        """The proxy that the environment names for a URL, as for curl and Go programs."""
-        if not self._proxies:
-            return None
-        parts = urlsplit(url)
-        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
-        if proxy is None or urllib.request.proxy_bypass(parts.netloc):
-            return None
-        return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _extend(scope: trio.CancelScope, seconds: float) -> None:

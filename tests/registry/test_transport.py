@@ -104,7 +104,6 @@ async def test_proxy_of_the_environment(
     server: FaultyRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", server.host)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server.faults.append(
         Status(200, {"Content-Type": "x"}, b"through the proxy", path="registry.test")
     )
@@ -112,7 +111,7 @@ async def test_proxy_of_the_environment(
         registry.allow_plain_http("registry.test")
         _, data = await registry.manifest(Reference.parse("registry.test/x:1"))
         assert data == b"through the proxy"
-        # Not for hosts that no_proxy names.
+        # Not for this machine.
         digest = server.add_blob(b"x" * 1000)
         direct = registry.blob(Reference.parse(f"{server.host}/x:1"), digest)
         assert await direct.read(0, 2) == b"xx"
