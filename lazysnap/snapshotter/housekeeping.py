@@ -130,7 +130,6 @@ class Housekeeping:
     async def collect(self) -> None:
         """Delete all directories that belong to no snapshot, as far as possible."""
         async with self._collecting:
-            self._garbage_expected = trio.Event()
             for name in await self._in_turn(self._find_garbage):
                 if name in self._building:
                     continue
@@ -152,6 +151,8 @@ class Housekeeping:
     async def _collect_when_expected(self) -> None:
         while True:
             await self._garbage_expected.wait()
+            # Here alone: were it made anew by a client's Cleanup, this would wait for the old one.
+            self._garbage_expected = trio.Event()
             try:
                 await self.collect()
             except LazysnapError as error:

@@ -128,6 +128,18 @@ async def test_a_directory_that_is_in_the_way_is_put_aside(tmp_path: Path) -> No
         assert names(tmp_path) == ["1"]
 
 
+async def test_garbage_is_collected_also_after_a_client_has_asked_for_it(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    async with running(root) as snapshotter:
+        for _ in range(3):
+            await snapshotter.prepare("key")
+            await snapshotter.cleanup()
+            await snapshotter.remove("key")
+            with trio.fail_after(60):
+                while names(root):
+                    await trio.sleep(0.01)
+
+
 # -- housekeeping ---------------------------------------------------------------------------------
 
 
