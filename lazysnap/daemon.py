@@ -88,7 +88,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    write_settings(root, shard_settings(config))
+    write_settings(root, shard_settings(config, config.shard_count()))
     cache = Cache(os.path.join(root, "cache"))
     supervisor = Supervisor(
         root,
@@ -205,7 +205,7 @@ class Reload:
                 _log.warning("this change takes a restart", key=key.path, **values)
         self._config = config = configuration.reloaded(self._config, new)
         log.setup(config.log_level, config.log_format)
-        write_settings(self._root, shard_settings(config))
+        write_settings(self._root, shard_settings(config, config.shard_count()))
         self._registry.apply(registry_settings(config))
         answers = await self._supervisor.call_all("reload")
         for shard in (number for number, answer in answers.items() if answer is None):

@@ -19,8 +19,13 @@ def registry_settings(config: Config) -> RegistrySettings:
     )
 
 
-def shard_settings(config: Config) -> ShardSettings:
-    """What workers are told."""
+def shard_settings(config: Config, shards: int) -> ShardSettings:
+    """What workers are told.
+
+    Args:
+        config: of the daemon.
+        shards: how many workers there are.
+    """
     return ShardSettings(
         registry=registry_settings(config),
         cache=CacheLimits(
@@ -31,16 +36,15 @@ def shard_settings(config: Config) -> ShardSettings:
         log_level=config.log_level,
         log_format=config.log_format,
         decode_threads=config.shards.decode_threads,
-        limits=_limits(config),
+        limits=_limits(config, shards),
         background=config.fetch.background,
         background_delay_seconds=config.fetch.background_delay_seconds,
         probe_valid_seconds=config.registry.probe_valid_seconds,
     )
 
 
-def _limits(config: Config) -> Limits:
+def _limits(config: Config, shards: int) -> Limits:
     """The limits of one shard; those on bytes are shared out."""
-    shards = config.shard_count()
     return Limits(
         connections=config.fetch.connections,
         bytes_per_second=-(-config.fetch.bytes_per_second // shards),

@@ -79,7 +79,7 @@ async def run(config: Config, *, unmount_on_exit: bool, shard_slice: str = "") -
 
 
 async def _serve(config: Config, root: str, unmount_on_exit: bool, shard_slice: str) -> None:
-    write_settings(root, msgspec.structs.replace(shard_settings(config), named=True))
+    write_settings(root, msgspec.structs.replace(shard_settings(config, _SHARDS), named=True))
     supervisor = Supervisor(
         root,
         _SHARDS,
