@@ -26,10 +26,9 @@ count = 1
 [fetch]
 background = false
 learn_profiles = false
-[registry]
-retry_seconds = 1
-stall_seconds = 1
 """
+# A request to a registry that hangs fails sooner than `--patience` ends.
+_IMPATIENT = "[registry]\nretry_seconds = 5\nstall_seconds = 5\n"
 
 
 def _command(it: Stack, *arguments: str) -> list[str]:
@@ -101,7 +100,7 @@ def test_a_worker_that_is_replaced_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fetched_is_said(tmp_path: Path) -> None:
-    with stack(tmp_path, config=CONFIG) as it:
+    with stack(tmp_path, config=CONFIG + _IMPATIENT) as it:
         payload = os.urandom(800_000).hex().encode()
         reference = it.push_busybox("gone", ["estargz"] * 3, payload=payload)
         it.pull(reference)

@@ -118,8 +118,9 @@ def test_what_was_read_is_local(tmp_path: Path) -> None:
         reference = it.push_busybox("lazy", ["estargz", "estargz", "plain"], payload=payload)
         pulled = it.pull(reference)
         it.run(reference, "cat", "/data/payload")
+        name = f"status-user-{os.urandom(6).hex()}"  # known to the whole machine
         it.containerd.ctr(
-            *("run", "-d", "--snapshotter", "lazysnap", reference, "status-user", "sleep", "600")
+            *("run", "-d", "--snapshotter", "lazysnap", reference, name, "sleep", "600")
         )
         shown = _json(it)
         (image,) = shown["images"]
@@ -129,7 +130,7 @@ def test_what_was_read_is_local(tmp_path: Path) -> None:
         ]
         assert [layer["lazy"] for layer in image["layers"]] == [True, True, False]
         assert image["layers"][2]["reason"] == "no-toc-digest"
-        (user,) = (key for key in image["usedBy"] if key.endswith("/status-user"))
+        (user,) = (key for key in image["usedBy"] if key.endswith(f"/{name}"))
         assert user.startswith("default/")
         for layer in image["layers"][:2]:
             assert 0 <= layer["localBytes"] <= layer["bytes"]
@@ -144,7 +145,7 @@ def test_what_was_read_is_local(tmp_path: Path) -> None:
         assert shown["cache"]["bytes"] >= len(payload)
         text = _status(it)
         assert f"{reference}: 2 of 3 layers lazy, used by default/" in text
-        assert "default/status-user" in text
+        assert f"default/{name}" in text
         assert "unpacked: no-toc-digest" in text
         _without_daemon_and_shards(it, shown)
 

@@ -21,6 +21,7 @@ from lazysnap.layers.fetch import Fetcher, Plan
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.request import Flight
 from lazysnap.layers.schedule import Limits, Priority, Scheduler
+from tests.support.clocks import patient_clock
 from tests.support.indexes import index_of, resolve
 from tests.support.layers import Entry, estargz, file
 
@@ -133,9 +134,9 @@ def _data(size: int, seed: int = 1) -> bytes:
 
 
 @pytest.fixture
-def clock() -> trio.testing.MockClock:
-    """Virtual time that waits for threads, as decoding and storing take no virtual time."""
-    return trio.testing.MockClock(autojump_threshold=0.005)
+def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
+    """Decoding and storing take no virtual time."""
+    return patient_clock(monkeypatch)
 
 
 async def test_a_sequential_reader_finds_the_next_request_under_way(

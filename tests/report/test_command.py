@@ -43,8 +43,9 @@ def test_the_start_of_an_image(tmp_path: Path) -> None:
         payload = os.urandom(1_000_000).hex().encode()
         reference = it.push_busybox("lazy", ["estargz", "estargz", "plain"], payload=payload)
         it.pull(reference)
+        name = f"reader-{os.urandom(6).hex()}"  # known to the whole machine
         it.containerd.ctr(
-            *("run", "-d", "--snapshotter", "lazysnap", reference, "reader", "sleep", "600")
+            *("run", "-d", "--snapshotter", "lazysnap", reference, name, "sleep", "600")
         )
         it.run(reference, "cat", "/data/payload")
         it.lazysnap.stop()  # not needed
@@ -57,7 +58,7 @@ def test_the_start_of_an_image(tmp_path: Path) -> None:
         waited = {wait["file"] for wait in told["waits"]}
         assert {"data/payload", "bin/busybox"} <= waited
         assert {slow["file"] for slow in told["slowest"]} == waited
-        (container,) = (c for c in told["containers"] if c["key"].endswith("/reader"))
+        (container,) = (c for c in told["containers"] if c["key"].endswith(f"/{name}"))
         for layer in told["layers"][:2]:
             assert 0 <= layer["mountingAt"] <= layer["readyAt"] <= container["at"]
         read = [wait["at"] for wait in told["waits"] if wait["file"] == "data/payload"]

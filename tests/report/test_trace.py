@@ -25,17 +25,22 @@ _DATA = random.Random(7).randbytes(6_000_000)
 LAYER = layers.estargz([layers.file("f", _DATA)], chunk_size=50_000)
 
 
+async def _at_rest(noted: trace.Trace) -> None:
+    """Until no request is under way: a reader has his answer before the request has ended."""
+    with trio.fail_after(120):
+        while any(each.ended is None for each in noted.events(0)[0]):
+            await trio.sleep(0.01)
+
+
 async def test_every_request_is_noted_with_what_came(tmp_path: Path) -> None:
     async with engine(LAYER, tmp_path) as e:
         for offset in (0, 3_000_000, 5_900_000):
             await e.read("f", offset, 10_000)
         for _ in range(3):
             await e.read("f", 0, 10_000)  # is there
-        trace = e.reader.fetcher.trace
-        with trio.fail_after(120):  # a reader has his bytes before the request has ended
-            while any(each.ended is None for each in trace.events(0)[0]):
-                await trio.sleep(0.01)
-        fetched, waited = trace.events(0)
+        noted = e.reader.fetcher.trace
+        await _at_rest(noted)
+        fetched, waited = noted.events(0)
         assert [(each.begin, each.end - each.begin) for each in fetched] == e.source.requests
         assert sum(each.received for each in fetched) == sum(n for _, n in e.source.requests)
         assert {(each.priority, each.urgent, each.failed) for each in fetched} == {(0, 0, False)}
@@ -60,13 +65,13 @@ async def test_a_reader_who_comes_before_the_prefetch_makes_it_urgent(tmp_path: 
         ahead = Ahead(Scheduler(), nursery)
         done = ahead.add(fetcher, Plan(range(5)), Priority.PREFETCH)
         await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(e.read, "f", 0, 10)
-        await trio.testing.wait_all_tasks_blocked()
-        (under_way,), nobody = fetcher.trace.events(0)
-        assert (under_way.ended, nobody) == (None, [])
-        e.source.gate.set()
+        async with trio.open_nursery() as readers:
+            readers.start_soon(e.read, "f", 0, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            (under_way,), nobody = fetcher.trace.events(0)
+            assert (under_way.ended, nobody) == (None, [])
+            e.source.gate.set()
         await done.wait()
-        await trio.testing.wait_all_tasks_blocked()
         (request,), (read,) = fetcher.trace.events(0)
         assert (request.priority, request.urgent) == (Priority.PREFETCH, Priority.DEMAND)
         assert read.ahead
@@ -81,6 +86,7 @@ async def test_what_failed_is_noted(tmp_path: Path) -> None:
         e.source.script.append(broken)
         with pytest.raises(LazysnapError):
             await e.read("f", 0, 10)
+        await _at_rest(e.reader.fetcher.trace)
         (request,), (read,) = e.reader.fetcher.trace.events(0)
         assert (request.failed, request.received) == (True, 0)
         assert read.seconds >= 0

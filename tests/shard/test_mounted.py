@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
@@ -19,6 +20,7 @@ from lazysnap.layers.slots import SlotRecord, write_slot
 from lazysnap.shard.mounted import MountedLayers
 from tests.layers.engine import MemorySource
 from tests.support import layers
+from tests.support.clocks import patient_clock
 from tests.support.indexes import toc_of
 
 _FILES = 2000
@@ -36,8 +38,13 @@ def _resident(path: str) -> int:
     return size
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
+    return patient_clock(monkeypatch)
+
+
 async def test_an_index_takes_memory_only_while_it_is_read(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
+    tmp_path: Path, clock: trio.testing.MockClock
 ) -> None:
     layer = layers.estargz([layers.file(f"{n:04}", b"%d" % n) for n in range(_FILES)])
     cache = Cache(str(tmp_path / "cache"))

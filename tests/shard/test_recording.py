@@ -53,4 +53,4 @@ def test_who_walks_through_a_layer_is_not_watched_unless_that_is_wanted(
         found = it.call("recorded", slots=[1], since=since)
         (reads,) = found.values()
         assert {read[0] for read in reads} >= set(_FILES[:1000])
-        assert _stored(objects) == len(_FILES)
+        wait_until(lambda: _stored(objects) == len(_FILES))

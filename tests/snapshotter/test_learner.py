@@ -17,6 +17,7 @@ from lazysnap.layers.profiles import ProfileStore
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.supervisor import Supervisor
+from tests.support.clocks import patient_clock
 
 _MANIFEST = "sha256:" + "ab" * 32
 _LAYERS = ["sha256:" + f"{n:02x}" * 32 for n in range(3)]
@@ -60,8 +61,8 @@ Clock = trio.testing.MockClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock(autojump_threshold=0.01)  # lets threads write files
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return patient_clock(monkeypatch)
 
 
 def _learner(tmp_path: Path, shards: Shards, *, enabled: bool = True) -> Learner:

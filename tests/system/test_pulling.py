@@ -118,8 +118,11 @@ def test_a_tampered_chunk_is_an_error_and_not_wrong_bytes(it: Stack) -> None:
     payload = random.Random(3).randbytes(1 << 20)
     made = [layers.estargz(tar) for tar in images.busybox_tars(payload)]
     reference = it.push("image", made)
+    it.lazysnap.stop()
+    it.lazysnap.configure("[fetch]\nbackground = false\n")
+    it.start_daemon()
     it.pull(reference)
-    # The registry's copy changes after the table of contents was read.
+    # The registry's copy changes after the table of contents was read, and before anything else is.
     for path in (it.directory).glob("**/blobs/sha256/*/*/data"):
         blob = bytearray(path.read_bytes())
         if bytes(blob) == made[1].blob:

@@ -84,8 +84,8 @@ def test_nothing_is_left(tmp_path: Path, busy: bool) -> None:
         root = it.lazysnap.root
         wait_until(lambda: not _processes(root), SECONDS)
         assert _mounts(root) == []
-        assert _sockets(root) == []
-        assert _sockets(it.lazysnap.address) == []
+        # The kernel may let go of the sockets of a process a moment after its files.
+        wait_until(lambda: not _sockets(root) + _sockets(it.lazysnap.address), SECONDS)
         assert _loops(root) == ""
         shutil.rmtree(root)
         assert sorted(path.name for path in tmp_path.glob("l.sock*")) == ["l.sock.lock"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -85,8 +86,11 @@ async def test_an_early_end_is_no_end(tmp_path: Path) -> None:
 
 def _children() -> set[int]:
     # Of all threads: trio starts processes in one of its own.
-    threads = Path("/proc/self/task").glob("*/children")
-    return {int(each) for children in threads for each in children.read_text().split()}
+    found: set[int] = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended; its children have another now
+            found.update(map(int, children.read_text().split()))
+    return found
 
 
 async def _hanging() -> AsyncIterator[bytes]:
@@ -109,7 +113,7 @@ async def test_a_process_that_is_killed(tmp_path: Path) -> None:
             nursery.start_soon(kill)
             with pytest.raises((FormatError, Internal)):
                 await Appliers(1).apply(_job(blob, tmp_path / "t"), _hanging_after(blob))
-    assert _children() == before
+    assert _children() <= before
 
 
 async def _hanging_after(blob: bytes) -> AsyncIterator[bytes]:
@@ -123,7 +127,7 @@ async def test_cancelling_ends_the_process(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Appliers(1).apply, _job(blob, tmp_path / "t"), _hanging())
         with trio.fail_after(_SECONDS):
-            while _children() == before:
+            while _children() <= before:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
-    assert _children() == before
+    assert _children() <= before

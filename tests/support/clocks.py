@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual time for tests of code that works in threads, too.
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
+    return patient_clock(monkeypatch)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+
+def patient_clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
+    """A clock that jumps when all tasks sleep, and never while a thread works.
+
+    To trio a task that waits for a thread is one that sleeps. A threshold of some milliseconds lets the
+    thread come first only as long as the machine has time for it.
+
+    Args:
+        monkeypatch: of the test; `trio.to_thread.run_sync` is followed until its end.
+    """
+    clock = trio.testing.MockClock(autojump_threshold=0.0)
+    run_sync = trio.to_thread.run_sync
+    threads = 0
+
+    async def followed(*arguments: Any, **options: Any) -> Any:
+        nonlocal threads
+        threads += 1
+        clock.autojump_threshold = math.inf
+        try:
+            return await run_sync(*arguments, **options)
+        finally:
+            threads -= 1
+            if not threads:
+                clock.autojump_threshold = 0.0
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", followed)
+    return clock
