@@ -44,13 +44,11 @@ class Engine:
 
     Attributes:
         snapshotter: started.
-        store: its database.
         streams: gets and unpacks layers that are not lazy.
         supervisor: of the shards.
     """
 
     snapshotter: Snapshotter
-    store: SnapshotStore
     streams: Streams
     supervisor: Supervisor
 
@@ -111,7 +109,7 @@ async def run(
                 if changed:
                     await supervisor.call_all("reload")
                 streams = Streams(registry, Appliers(os.cpu_count() or 1))
-                outcome.append(await work(Engine(snapshotter, store, streams, supervisor)))
+                outcome.append(await work(Engine(snapshotter, streams, supervisor)))
                 await snapshotter.cleanup()
             finally:
                 with trio.CancelScope(shield=True):

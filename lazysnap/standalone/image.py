@@ -11,11 +11,11 @@ from lazysnap import labels as names
 from lazysnap import oci
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, FormatError, Internal
-from lazysnap.overlay import Mount
+from lazysnap.overlay import Kind, Mount
 from lazysnap.registry.image import Image
 from lazysnap.snapshotter.direct import Layer
+from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.standalone.engine import Engine
-from lazysnap.standalone.records import committed
 
 _UNPACKED = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
 
@@ -126,22 +126,41 @@ async def _bring(
 ) -> str:
     """Have a committed snapshot of one layer; its name."""
     chain_id = labels[names.SNAPSHOT_REF]
-    found = committed(engine.store, chain_id, parent, names.SNAPSHOT_REF)
+    found = await committed(engine.snapshotter, chain_id, parent)
     if found is not None:
-        return found.name
+        return found
     token = secrets.token_hex(8)
     key = f"unpack {token}"
     try:
         prepared = await engine.snapshotter.prepare(key, parent, labels)
     except AlreadyExists:
-        found = committed(engine.store, chain_id, parent, names.SNAPSHOT_REF)
+        found = await committed(engine.snapshotter, chain_id, parent)
         if found is None:
             raise Internal(f"the snapshot of {blob.digest} is gone") from None
-        return found.name
+        return found
     await _unpack(engine, image, blob, diff_id, composition(prepared))
     name = f"{chain_id}@{token}"
     await engine.snapshotter.commit(name, key, labels)
     return name
+
+
+async def committed(snapshotter: Snapshotter, chain_id: str, parent: str) -> str | None:
+    """The name of the snapshot of a layer on a parent, if there is one.
+
+    Args:
+        snapshotter: started; it also works in the background, so its database is asked through it.
+        chain_id: of the layer.
+        parent: name of the snapshot below, or empty.
+    """
+    after: str | None = None
+    while True:
+        found, after = await snapshotter.list(after=after)
+        for each in found:
+            chain = each.labels.get(names.SNAPSHOT_REF)
+            if (each.kind, each.parent, chain) == (Kind.COMMITTED, parent, chain_id):
+                return each.name
+        if after is None:
+            return None
 
 
 async def _unpack(

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lazysnap.mounts import MountPoint
-from lazysnap.overlay import Kind
-from lazysnap.store.records import Snapshot
 from lazysnap.store.snapshots import SnapshotStore
 
 _PREFIX = "lazysnap.mount."
@@ -97,22 +95,3 @@ def forget_unused(store: SnapshotStore, points: Iterable[MountPoint]) -> list[Re
             store.remove(name)
             del unneeded[name]
     return alive
-
-
-def committed(store: SnapshotStore, chain_id: str, parent: str, label: str) -> Snapshot | None:
-    """The snapshot of a layer on a parent, if there is one.
-
-    Args:
-        store: the database.
-        chain_id: of the layer.
-        parent: name of the snapshot below, or empty.
-        label: that has the chain id.
-    """
-    for snapshot in store.walk():
-        if (
-            snapshot.kind is Kind.COMMITTED
-            and snapshot.parent == parent
-            and snapshot.labels.get(label) == chain_id
-        ):
-            return snapshot
-    return None
