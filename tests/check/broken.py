@@ -216,15 +216,24 @@ def no_daemon(site: Site) -> Iterator[Call]:
 def socket_in_use(site: Site) -> Iterator[Call]:
     """Somebody else listens there, and says something that is no gRPC."""
     path = site.directory / "used.sock"
+    with _listening(path, "c.send(b'220 mail ready\\r\\n')"):
+        yield Call(["--address", str(path)])
+
+
+@contextlib.contextmanager
+def _listening(path: Path, says: str, *prefix: str) -> Iterator[None]:
+    """A process that accepts connections at a socket, says something to each, and hangs up."""
     script = (
-        "import socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
-        "while True: c = s.accept()[0]; c.sendall(b'220 mail ready\\r\\n'); c.close()\n"
+        "import contextlib, os, socket, sys\n"
+        "path, s = sys.argv[1], socket.socket(socket.AF_UNIX)\n"
+        "s.bind(path + '.new'); s.listen(); os.rename(path + '.new', path)\n"
+        "while True:\n"
+        f"  with s.accept()[0] as c, contextlib.suppress(OSError): {says}\n"
     )
-    process = subprocess.Popen(["/usr/bin/python3", "-c", script, str(path)])
+    process = subprocess.Popen([*prefix, "/usr/bin/python3", "-c", script, str(path)])
     try:
         wait_until(path.exists)
-        yield Call(["--address", str(path)])
+        yield
     finally:
         process.kill()
         process.wait()
@@ -245,18 +254,9 @@ def another_root(site: Site) -> Iterator[Call]:
 def another_mount_namespace(site: Site) -> Iterator[Call]:
     """As with PrivateTmp= in the unit of one of them."""
     path = site.directory / "c.sock"
-    script = (
-        "import socket, sys, time\n"
-        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); time.sleep(3600)\n"
-    )
-    command = ["unshare", "--mount", "/usr/bin/python3", "-c", script, str(path)]
-    process = subprocess.Popen(command)
-    try:
-        wait_until(path.exists)
+    # For somebody who says nothing, and does not hang up, gRPC would wait twenty seconds.
+    with _listening(path, "pass", "unshare", "--mount"):
         yield Call(["--containerd", str(path)])
-    finally:
-        process.kill()
-        process.wait()
 
 
 # -- what is on the disk ----------------------------------------------------------------------------
