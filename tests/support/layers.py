@@ -138,7 +138,11 @@ class Layer:
         if self.media_type.endswith("zstd"):
             reader = zstandard.ZstdDecompressor().stream_reader(self.blob, read_across_frames=True)
             return bytes(reader.read())
-        return gzip.decompress(self.blob) if self.media_type.endswith("gzip") else self.blob
+        if not self.media_type.endswith("gzip"):
+            return self.blob
+        # Not gzip.decompress, which copies what is left at each of many members.
+        with gzip.open(io.BytesIO(self.blob)) as file:
+            return file.read()
 
     @property
     def diff_id(self) -> str:
