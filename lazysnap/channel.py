@@ -3,16 +3,20 @@
 
 A frame is as in `lazysnap.frames`. A request is `{"call": name, "args": {...}}`;
 the answer is `{"ok": value}` or `{"error": {"class", "message", "hint", "reason"}}`. Each call uses a
-connection of its own, so nothing has to be put together again when either side restarts. Knows
-nothing of what is called.
+connection of its own, so nothing has to be put together again when either side restarts. A call that
+takes long can have other messages before its answer, and ends when the caller hangs up. Knows nothing of
+what is called.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -23,6 +27,8 @@ from lazysnap.errors import Internal, LazysnapError, Unavailable
 _log = log.get(__name__)
 
 Handler = Callable[..., Awaitable[Any]]
+Tell = Callable[[Mapping[str, Any]], None]
+"""Sends the caller a message, which must have neither `ok` nor `error`; returns at once."""
 
 
 async def receive(stream: trio.abc.ReceiveStream) -> dict[str, Any] | None:
@@ -108,6 +114,7 @@ async def serve(
     path: str,
     handlers: Mapping[str, Handler],
     *,
+    telling: Mapping[str, Handler] = MappingProxyType({}),
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve calls at a unix socket until cancelled; a file in the way is replaced.
@@ -115,6 +122,8 @@ async def serve(
     Args:
         path: where to listen; created with mode 0600.
         handlers: async functions by the name they are called by.
+        telling: likewise those that tell of their progress: they get a `Tell` first, and are cancelled
+            when the caller hangs up.
         task_status: told when calls are accepted.
     """
     listener = listen(path)
@@ -123,12 +132,44 @@ async def serve(
         async with stream:
             try:
                 request = await receive(stream)
-                if request is not None:
+                if request is None:
+                    return
+                if request.get("call") in telling:
+                    await _answer_while_heard(stream, telling, request)
+                else:
                     await stream.send_all(await _answer(handlers, request))
             except (Unavailable, trio.BrokenResourceError) as error:
                 _log.debug("call broken off", error=error)
 
     await trio.serve_listeners(connection, [listener], task_status=task_status)
+
+
+async def _answer_while_heard(
+    stream: trio.SocketStream, handlers: Mapping[str, Handler], request: Mapping[str, Any]
+) -> None:
+    """Answer a call that tells of its progress."""
+    send, frames_to_send = trio.open_memory_channel[bytes](math.inf)
+
+    def tell(message: Mapping[str, Any]) -> None:
+        send.send_nowait(frames.pack(message))
+
+    async def handle() -> None:
+        told = {name: partial(handler, tell) for name, handler in handlers.items()}
+        with send:
+            send.send_nowait(await _answer(told, request))
+
+    async def listen_for_the_end() -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.receive_some(1)  # callers send nothing more
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handle)
+        nursery.start_soon(listen_for_the_end)
+        with contextlib.suppress(trio.BrokenResourceError):
+            async for frame in frames_to_send:
+                await stream.send_all(frame)
+        nursery.cancel_scope.cancel()
 
 
 async def _answer(handlers: Mapping[str, Handler], request: Mapping[str, Any]) -> bytes:

@@ -23,6 +23,7 @@ from lazysnap.errors import ConfigError, LazysnapError, NotFound
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.lifetime import plain_errors, stop_at
+from lazysnap.pull.delegated import Delegated
 from lazysnap.registry.client import Registry
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
@@ -142,8 +143,9 @@ async def _serve(
             if config.metrics_address:
                 await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             if config.lazy.enabled:
-                announced = {"announce": ahead.image}
-                await nursery.start(channel.serve, os.path.join(root, "daemon.sock"), announced)
+                telling = {"pull": Delegated(registry, ahead).pull}
+                path = os.path.join(root, "daemon.sock")
+                await nursery.start(partial(channel.serve, path, {}, telling=telling))
             await nursery.start(service.serve, snapshotter, config.address)
             nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,46 @@ def test_an_unknown_error_class_is_still_an_error() -> None:
     error = frames.unpack_error({"class": "os", "message": "x", "hint": None, "reason": ""})
     assert type(error).__name__ == "Internal"
     assert type(frames.unpack_error(frames.pack_error(NotFound("y")))) is NotFound
+
+
+async def test_messages_come_before_the_answer(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async def count(tell: channel.Tell, to: int) -> str:
+        for number in range(to):
+            tell({"number": number})
+        if to == 3:
+            raise NotFound("three")
+        return "done"
+
+    path = str(tmp_path / "s")
+    await nursery.start(partial(channel.serve, path, {}, telling={"count": count}))
+    for to in (2, 3):
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(frames.pack({"call": "count", "args": {"to": to}}))
+            for number in range(to):
+                assert await channel.receive(stream) == {"number": number}
+            if to == 2:
+                assert await channel.answer_of(stream, path) == "done"
+            else:
+                with pytest.raises(NotFound, match="three"):
+                    await channel.answer_of(stream, path)
+            assert await channel.receive(stream) is None
+
+
+async def test_hanging_up_cancels_a_call_that_tells(tmp_path: Path, nursery: trio.Nursery) -> None:
+    ended = trio.Event()
+
+    async def wait(tell: channel.Tell) -> None:
+        tell({"ready": True})
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    path = str(tmp_path / "s")
+    await nursery.start(partial(channel.serve, path, {}, telling={"wait": wait}))
+    async with await trio.open_unix_socket(path) as stream:
+        await stream.send_all(frames.pack({"call": "wait"}))
+        assert await channel.receive(stream) == {"ready": True}
+        assert not ended.is_set()
+    with trio.fail_after(60):
+        await ended.wait()

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lazysnap pull`: its options. The rest, which takes longer to load, is in `pulling`."""
+"""`lazysnap pull`: has the daemon pull, or loads what that takes, `pulling`, and does it itself."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform as machine
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 import click
 
-from lazysnap import places
+from lazysnap import log, places
+from lazysnap.cli import pulled
+from lazysnap.errors import LazysnapError
 from lazysnap.platforms import Platform
-from lazysnap.pull.announcement import announce
+from lazysnap.pull.delegation import delegate
 from lazysnap.reference import Reference
 
+_log = log.get(__name__)
 _MACHINES = {"armv6l": "arm/v6", "armv7l": "arm/v7"}
 """uname's names that are not architecture names of OCI, nor known to `Platform` as another's."""
 _OTHERS = frozenset({"overlayfs", "native"})
@@ -34,7 +44,7 @@ _OTHERS = frozenset({"overlayfs", "native"})
 )  # fmt: skip
 @click.option(
     "--root", default=places.ROOT, envvar="LAZYSNAP_ROOT", show_default=True, metavar="DIR",
-    help="lazysnap's root directory, where its daemon is told of the image.",
+    help="lazysnap's root directory, where its daemon is asked to pull.",
 )  # fmt: skip
 @click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
 @click.option(
@@ -54,24 +64,44 @@ def command(
     debug: bool,
 ) -> None:
     """Pull the image REF into containerd; lazy layers are mounted, not downloaded."""
+    log.setup("debug" if debug else "warning")
+    began = time.monotonic()
     parsed = Reference.parse(reference)
     wanted = Platform.parse(platform or _host_platform())
-    announcement = None if snapshotter in _OTHERS else announce(root, parsed, wanted)
-    # Only now, as this takes a quarter of a second, in which the daemon gets on.
-    from lazysnap import log
-    from lazysnap.cli import pulling
+    place = {"address": address, "namespace": namespace, "snapshotter": snapshotter}
+    result = documents = None
+    if snapshotter not in _OTHERS:
+        there = {**place, "address": os.path.abspath(address)}
+        with _signals_exit(), contextlib.ExitStack() as stack:
+            delegation = delegate(root, parsed, wanted, **there)
+            if delegation is not None:
+                try:
+                    result = delegation.follow(stack.enter_context(pulled.progress()))
+                except LazysnapError as error:
+                    # Whatever is wrong with the image will be said below.
+                    _log.debug("the daemon does not pull", error=error)
+                documents = delegation.documents
+    if result is None:
+        # Only now, as this takes a quarter of a second.
+        from lazysnap.cli import pulling
 
-    log.setup("debug" if debug else "warning")
-    pulling.run(
-        announcement,
-        parsed,
-        wanted,
-        address=address,
-        namespace=namespace,
-        snapshotter=snapshotter,
-        plain_http=plain_http,
-        as_json=as_json,
-    )
+        result = pulling.run(documents, parsed, wanted, **place, plain_http=plain_http)
+    pulled.show(result, time.monotonic() - began, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _signals_exit() -> Iterator[None]:
+    """End the block at a signal, with the exit code that `interrupt` has for it."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _host_platform() -> str:

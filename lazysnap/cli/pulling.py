@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `lazysnap pull` runs and prints. What a pull is stands in `lazysnap.pull`.
-
-Progress goes to standard error (bars on a terminal, a line per event elsewhere), the result to
-standard output, so that scripts can read the latter.
-"""
+"""What `lazysnap pull` runs if the daemon does not pull. What a pull is stands in `lazysnap.pull`."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-import click
-
-from lazysnap.cli import interrupt
+from lazysnap.cli import interrupt, pulled
 from lazysnap.containerd.client import Containerd
-from lazysnap.oci import Descriptor
 from lazysnap.platforms import Platform
-from lazysnap.pull.announced import answer
-from lazysnap.pull.announcement import Announcement
-from lazysnap.pull.progress import LayerState, Progress, PullResult
+from lazysnap.pull.delegated import image_of
+from lazysnap.pull.progress import PullResult
 from lazysnap.pull.puller import pull
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 
 
 def run(
-    announcement: Announcement | None,
+    documents: Mapping[str, Any] | None,
     reference: Reference,
     platform: Platform,
     *,
@@ -36,19 +25,17 @@ def run(
     namespace: str,
     snapshotter: str,
     plain_http: bool,
-    as_json: bool,
-) -> None:
-    """Pull an image, and print what became of it.
+) -> PullResult:
+    """Pull an image.
 
     Args:
-        announcement: what the daemon was told of the image, if there is a daemon.
+        documents: what the daemon has told of the image, if there is a daemon.
         reference: of the image.
         platform: which of the image's platforms.
         address: containerd's socket.
         namespace: of containerd.
         snapshotter: its name in containerd's configuration.
         plain_http: speak HTTP without TLS to the registry.
-        as_json: print the result as JSON.
 
     Raises:
         LazysnapError: the pull failed.
@@ -58,85 +45,12 @@ def run(
         async with Containerd(address, namespace) as containerd, Registry() as registry:
             if plain_http:
                 registry.allow_plain_http(reference.host)
-            image = await answer(announcement) if announcement is not None else None
-            with _progress() as progress:
+            image = None
+            if documents is not None:
+                image = await image_of(documents, reference, platform)
+            with pulled.progress() as progress:
                 return await pull(
                     reference, containerd, registry, snapshotter, platform, progress, image
                 )
 
-    start = time.monotonic()
-    result = interrupt.run(work)
-    seconds = time.monotonic() - start
-    click.echo(_as_json(result, seconds) if as_json else _as_text(result, seconds))
-
-
-def _as_text(result: PullResult, seconds: float) -> str:
-    lines = [
-        f"{layer.digest[7:19]} {_bytes(layer.size):>10} {layer.state}"
-        + (f" ({layer.reason})" if layer.reason else "")
-        for layer in result.layers
-    ]
-    lines.append(
-        f"{result.reference}: {result.lazy_layers} of {len(result.layers)} layers lazy,"
-        f" {_bytes(result.bytes_downloaded)} downloaded in {seconds:.2f} s"
-    )
-    return "\n".join(lines)
-
-
-def _as_json(result: PullResult, seconds: float) -> str:
-    document = {
-        "reference": result.reference,
-        "digest": result.digest,
-        "manifest": result.manifest,
-        "lazyLayers": result.lazy_layers,
-        "totalLayers": len(result.layers),
-        "bytesDownloaded": result.bytes_downloaded,
-        "seconds": round(seconds, 3),
-        "layers": [
-            {
-                "digest": layer.digest,
-                "size": layer.size,
-                "state": layer.state,
-                "reason": layer.reason,
-            }
-            for layer in result.layers
-        ],
-    }
-    return json.dumps(document, indent=2)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from lazysnap.cli.bars import bars  # rich takes a tenth of a second to load
-
-    with bars() as shown:
-        yield shown
-
-
-class _Lines(Progress):
-    """One line per change of a layer's state."""
-
-    _SILENT = frozenset({LayerState.WAITING, LayerState.PREPARING})
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-
-    def resolved(self, layers: Sequence[Descriptor]) -> None:
-        self._names = [f"{layer.digest[7:19]} {_bytes(layer.size)}" for layer in layers]
-
-    def state(self, layer: int, state: LayerState) -> None:
-        if state not in self._SILENT:
-            click.echo(
-                f"layer {layer + 1}/{len(self._names)} {self._names[layer]}: {state}", err=True
-            )
+    return interrupt.run(work)

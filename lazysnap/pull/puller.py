@@ -30,6 +30,8 @@ async def pull(
     platform: Platform,
     progress: Progress | None = None,
     image: Image | None = None,
+    *,
+    lazy_only: bool = False,
 ) -> PullResult:
     """Pull an image; layers that the snapshotter mounts lazily are not downloaded.
 
@@ -41,9 +43,11 @@ async def pull(
         platform: which of the image's platforms.
         progress: receives events.
         image: what the reference points to, if that is known already.
+        lazy_only: give up when a layer would have to be downloaded.
 
     Raises:
         RegistryError: the registry does not have it, refuses it, or cannot be reached.
+        NotLazy: a layer would have to be downloaded, and `lazy_only` forbids it.
         LazysnapError: containerd or the snapshotter failed, or the image is malformed.
     """
     progress = progress or Progress()
@@ -54,7 +58,7 @@ async def pull(
         labeller = metadata.Labeller(leased.content, reference)
         await metadata.store(leased.content, image, labeller)
         results, received = await _layers(
-            leased, registry, image, snapshotter, layers, labeller, progress
+            leased, registry, image, snapshotter, layers, labeller, progress, lazy_only
         )
         if layers:
             label = f"containerd.io/gc.ref.snapshot.{snapshotter}"
@@ -75,6 +79,7 @@ async def _layers(
     layers: list[Layer],
     labeller: metadata.Labeller,
     progress: Progress,
+    lazy_only: bool,
 ) -> tuple[list[LayerResult], int]:
     failure: LazysnapError | None = None
     results: list[LayerResult] = []
@@ -82,7 +87,16 @@ async def _layers(
         downloads = Downloads(
             nursery, containerd.content, registry, image.reference, labeller, progress
         )
-        unpacker = Unpacker(containerd, snapshotter, layers, downloads, labeller, progress, nursery)
+        unpacker = Unpacker(
+            containerd,
+            snapshotter,
+            layers,
+            downloads,
+            labeller,
+            progress,
+            nursery,
+            lazy_only=lazy_only,
+        )
         try:
             results = await unpacker.run()
         except LazysnapError as error:

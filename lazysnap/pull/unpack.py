@@ -30,6 +30,7 @@ from lazysnap.errors import (
     InvalidArgument,
     LazysnapError,
     NotFound,
+    NotLazy,
     Unavailable,
 )
 from lazysnap.pull.download import PARALLEL, Downloads
@@ -107,6 +108,7 @@ class Unpacker:
         labeller: for the image's reference.
         progress: told about each layer.
         nursery: where layers are unpacked here.
+        lazy_only: give up when a layer is neither lazy nor there.
     """
 
     def __init__(
@@ -118,8 +120,11 @@ class Unpacker:
         labeller: Labeller,
         progress: Progress,
         nursery: trio.Nursery,
+        *,
+        lazy_only: bool = False,
     ) -> None:
         self._nursery = nursery
+        self._lazy_only = lazy_only
         self._containerd = containerd
         self._appliers = Appliers(PARALLEL)
         self._snapshots: Snapshots = containerd.snapshots(snapshotter)
@@ -143,7 +148,8 @@ class Unpacker:
         Raises:
             LazysnapError: a layer could not be had or unpacked.
         """
-        self._start_certain()
+        if not self._lazy_only:
+            self._start_certain()
         try:
             for layer in self._layers:
                 self._turn = layer.number
@@ -201,6 +207,8 @@ class Unpacker:
                 or f"is [proxy_plugins.{name}] in containerd's configuration, and {name} running?"
             )
             raise
+        if self._lazy_only:
+            raise NotLazy(f"layer {layer.blob.digest} is to be unpacked")
         return await self._unpack(layer, key, mounts)
 
     async def _present(self, layer: Layer) -> LayerState | None:

@@ -3,14 +3,11 @@
 
 containerd asks for one layer after the other, and each would wait for its table of contents. So all
 layers of an image are opened together: when the first of them is asked for, as its labels name the
-others, or even before, when `lazysnap pull` announces the image as soon as it is started, which spares
-it the time that Python needs to start. Nothing depends on it: a layer that was not opened ahead is
-opened when it is asked for.
+others, or even before, when `lazysnap pull` names the image as soon as it is started. Nothing depends on
+it: a layer that was not opened ahead is opened when it is asked for.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import trio
 
@@ -22,6 +19,7 @@ from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
+from lazysnap.registry.image import Image
 from lazysnap.snapshotter.finder import ProfileFinder
 
 _log = log.get(__name__)
@@ -49,34 +47,25 @@ class OpenAhead:
         self._begun: set[Digest] = set()
         self._limit = trio.CapacityLimiter(_AT_ONCE)
 
-    async def image(self, reference: str, platform: str) -> dict[str, Any]:
+    async def image(self, reference: Reference, platform: Platform) -> Image:
         """Resolve an image that will be pulled, and begin to open its layers.
 
         Args:
             reference: of the image.
-            platform: as `Platform.parse` takes it.
-
-        Returns:
-            Its documents, which spare the client to ask for them again: `documents`, a list of media
-            type and bytes from what the reference points to down to the manifest, and `config`, bytes.
+            platform: which of the image's platforms.
 
         Raises:
             LazysnapError: it cannot be resolved. Not worth more than that the client tries it.
         """
-        parsed = Reference.parse(reference)
 
         def resolved(descriptor: oci.Descriptor, manifest: oci.Manifest) -> None:
-            self._nursery.start_soon(self._finder.look, parsed, descriptor.digest)
+            self._nursery.start_soon(self._finder.look, reference, descriptor.digest)
             if self._first_time(descriptor.digest):
-                self._all(parsed, descriptor.digest, manifest)
+                self._all(reference, descriptor.digest, manifest)
 
         async with self._limit:
             self._opener.expect()
-            image = await self._registry.fetch_image(parsed, Platform.parse(platform), resolved)
-        return {
-            "documents": [[each.media_type, data] for each, data in image.documents],
-            "config": image.config_bytes,
-        }
+            return await self._registry.fetch_image(reference, platform, resolved)
 
     def above(self, request: RemoteRequest, reference: Reference) -> None:
         """Begin with the layers above one that is asked for, and with its image's profile.

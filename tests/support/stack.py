@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -109,11 +108,6 @@ class Lazysnap:
     def call(self, shard: int, name: str, **arguments: Any) -> Any:
         """Call a worker's control socket; waits for one that is just being replaced."""
         return _answer(self.root / "shards" / f"{shard}.sock", name, arguments)
-
-    def announce(self, reference: str) -> Any:
-        """Tell the daemon of an image that will be pulled for this machine."""
-        arguments = {"reference": reference, "platform": f"linux/{platform.machine()}"}
-        return _answer(self.root / "daemon.sock", "announce", arguments)
 
     def workers(self) -> dict[int, int]:
         """The process id of each shard's worker."""
@@ -221,13 +215,13 @@ class Stack:
         return images.push(layout, self.registry.host, repository)
 
     def pull(
-        self, reference: str, *, snapshotter: str = SNAPSHOTTER, announced: bool = False
+        self, reference: str, *, snapshotter: str = SNAPSHOTTER, delegated: bool = False
     ) -> dict[str, Any]:
-        """`lazysnap pull --json`, which can tell the daemon of the image at once."""
+        """`lazysnap pull --json`, which can ask the daemon to do it."""
         command = [
             *(sys.executable, "-m", "lazysnap", "pull", reference, "--plain-http", "--json"),
             *("--address", self.containerd.address, "--snapshotter", snapshotter),
-            *("--root", str(self.lazysnap.root if announced else self.directory / "none")),
+            *("--root", str(self.lazysnap.root if delegated else self.directory / "none")),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,14 +137,56 @@ def test_a_tampered_chunk_is_an_error_and_not_wrong_bytes(it: Stack) -> None:
     assert "reading failed" in it.lazysnap.log()
 
 
-def test_an_announced_image_is_opened_before_it_is_pulled(it: Stack) -> None:
-    reference = it.push_busybox("announced", ["estargz", "zstd", "plain"])
-    answer = it.lazysnap.announce(reference)
-    assert len(answer["documents"]) == 1
-    index = it.lazysnap.root / "cache" / "index"
-    wait_until(lambda: len([path for path in index.iterdir() if "." not in path.name]) == 2)
-    opened = it.lazysnap.log().count("layer opened")
-    result = it.pull(reference, announced=True)
-    assert [layer["state"] for layer in result["layers"]] == ["lazy", "lazy", "unpacked"]
-    assert it.lazysnap.log().count("layer opened") == opened
+def test_the_daemon_pulls_an_image_that_is_lazy(it: Stack) -> None:
+    reference = it.push_busybox("image", ["estargz", "zstd", "estargz"])
+    result = it.pull(reference, delegated=True)
+    assert [layer["state"] for layer in result["layers"]] == ["lazy"] * 3
+    assert (result["lazyLayers"], result["bytesDownloaded"]) == (3, 0)
+    assert it.lazysnap.log().count("image pulled for a command") == 1
     assert it.run(reference, "sh", "-c", "cat /data/hello /etc/motd") == _EXPECTED
+    delegated = (
+        it.containerd.snapshots("lazysnap"),
+        it.containerd.contents(),
+        it.containerd.images(),
+    )
+    assert it.containerd.leases() == []
+    assert it.pull(reference)["layers"] == result["layers"]
+    assert it.lazysnap.log().count("image pulled for a command") == 1
+    own = it.containerd.snapshots("lazysnap"), it.containerd.contents(), it.containerd.images()
+    assert delegated == own
+
+
+@pytest.mark.parametrize("wrong", ["plain", "digest"])
+def test_the_daemon_leaves_to_the_command_what_is_not_lazy(it: Stack, wrong: str) -> None:
+    made = [layers.estargz(tar) for tar in images.busybox_tars()]
+    if wrong == "plain":
+        made[2].annotations.clear()
+    else:  # which shows when the layer is prepared
+        made[2].annotations["containerd.io/snapshot/stargz/toc.digest"] = "sha256:" + "0" * 64
+    reference = it.push("image", made)
+    result = it.pull(reference, delegated=True)
+    assert [layer["state"] for layer in result["layers"]] == ["lazy", "lazy", "unpacked"]
+    assert "image pulled for a command" not in it.lazysnap.log()
+    assert it.run(reference, "sh", "-c", "cat /data/hello /etc/motd") == _EXPECTED
+    assert it.containerd.leases() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_what_the_daemon_pulls(it: Stack, number: signal.Signals, code: int) -> None:
+    made = [layers.estargz(tar) for tar in images.busybox_tars()]
+    reference = it.push("image", made)
+    # containerd waits for a layer that nobody can read, while the lowest one is there already.
+    blobs = {path.read_bytes(): path for path in it.directory.glob("**/blobs/sha256/*/*/data")}
+    upper = blobs[made[1].blob]
+    upper.unlink()
+    os.mkfifo(upper)
+    command = [sys.executable, "-m", "lazysnap", "pull", reference, "--json"]
+    places = ["--address", it.containerd.address, "--root", str(it.lazysnap.root)]
+    with subprocess.Popen([*command, *places], stdout=subprocess.PIPE) as process:
+        wait_until(lambda: len(it.containerd.snapshots("lazysnap")) == 1)
+        process.send_signal(number)
+        assert process.wait(120) == code
+    assert it.containerd.snapshots("lazysnap") == {}
+    assert it.containerd.leases() == []
+    assert it.containerd.images() == {}
+    assert it.containerd.contents() == {}
