@@ -40,6 +40,8 @@ from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
+# A worker that is busy takes them up a little later.
+_RELOAD_SECONDS = 10.0
 
 
 async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice: str = "") -> None:
@@ -209,7 +211,7 @@ class Reload:
         log.setup(config.log_level, config.log_format)
         write_settings(self._root, shard_settings(config, config.shard_count()))
         self._registry.apply(registry_settings(config))
-        answers = await self._supervisor.call_all("reload")
+        answers = await self._supervisor.call_all("reload", timeout=_RELOAD_SECONDS)
         for shard in (number for number, answer in answers.items() if answer is None):
             # The next worker reads them anyway.
             _log.warning("shard goes on with the settings it has", shard=shard)

@@ -31,7 +31,8 @@ from lazysnap.metrics.totals import added
 from lazysnap.store.reader import SnapshotReader
 from lazysnap.store.records import Attachment, Snapshot
 
-_PING_SECONDS = 2.0
+# Long: a worker that is busy is not a dead one.
+_PING_SECONDS = 5.0
 # A worker looks at every file of each layer.
 _STATUS_SECONDS = 30.0
 CLASSES = ("demand", "prefetch", "background")
