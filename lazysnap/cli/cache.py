@@ -26,6 +26,7 @@ from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
 from lazysnap.cache.verification import Verification, verify
 from lazysnap.cli import units
+from lazysnap.cli.options import CONFIG_HELP, ROOT_HELP, config_option, root_option
 from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
 from lazysnap.quantities import bytes_text
@@ -38,8 +39,8 @@ _AGES = (("hour", 3600), ("day", 86400), ("week", 604800), ("month", 2592000))
 
 
 @click.group()
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@config_option
+@root_option
 @click.pass_context
 def command(ctx: click.Context, config_path: str | None, root: str | None) -> None:
     """Look at, check and empty the cache on disk. The daemon may run meanwhile, or not."""
@@ -58,7 +59,7 @@ def _located(function: Callable[..., None]) -> Callable[..., None]:
     def take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         _set(ctx, *((value, None) if param.name == "config" else (None, value)))
 
-    for name, text in (("root", "Directory of all state."), ("config", "Configuration file.")):
+    for name, text in (("root", ROOT_HELP), ("config", CONFIG_HELP)):
         option = click.option(
             f"--{name}", type=click.Path(), expose_value=False, callback=take, help=text
         )
@@ -241,7 +242,7 @@ def _verify_text(result: Verification, fix: bool) -> str:
 # -- prune ------------------------------------------------------------------------------------------
 
 
-@command.command()
+@command.command(short_help="Make room: remove leftovers, and what the options choose.")
 @_located
 @click.option("--all", "everything", is_flag=True, help="Remove all contents.")
 @click.option(

@@ -20,6 +20,7 @@ from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
 from lazysnap.check.running import exit_code, repair, run
 from lazysnap.cli import interrupt
+from lazysnap.cli.options import config_option, root_option
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError
 from lazysnap.reference import Reference
@@ -27,8 +28,8 @@ from lazysnap.registry.hosts import RegistrySettings
 
 
 @click.command()
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@config_option
+@root_option
 @click.option("--address", type=click.Path(), help="Socket of lazysnap serve.")
 @click.option(
     "--containerd", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS", show_default=True,

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lazysnap import config
+from lazysnap.cli.options import config_option
 from lazysnap.config import Config, Key
 
 _WIDTH = 100
@@ -23,7 +24,7 @@ def command() -> None:
 
 
 @command.command("show")
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
+@config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(config_path: str | None, as_json: bool) -> None:
     """Print all settings with their values, and where each comes from."""
@@ -51,7 +52,7 @@ def default() -> None:
     click.echo("\n".join(sample()))
 
 
-@command.command("check")
+@command.command("check", short_help="Say what is wrong with a file.")
 @click.argument("file", required=False, type=click.Path())
 def check(file: str | None) -> None:
     """Say whether FILE can be used, and if not, what is wrong with it, and where.

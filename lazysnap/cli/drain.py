@@ -19,6 +19,7 @@ import trio
 from lazysnap import channel, config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.inquiry import inquire, shard_socket
+from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.status import readable_root
 from lazysnap.cli.units import duration
 from lazysnap.errors import LazysnapError, NotFound
@@ -32,12 +33,13 @@ _EXIT_INCOMPLETE = 1
 
 @click.command()
 @click.argument("images", nargs=-1, metavar="[IMAGE...]")
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@config_option
+@root_option
 @click.option(
     "--patience",
     default="60s",
     callback=duration,
+    metavar="DURATION",
     show_default=True,
     help="Give up when nothing has arrived for so long.",
 )

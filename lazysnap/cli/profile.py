@@ -11,6 +11,7 @@ import click
 
 from lazysnap import config, log, places
 from lazysnap.cli import interrupt
+from lazysnap.cli.options import config_option, root_option
 from lazysnap.containerd.client import Containerd
 from lazysnap.errors import InvalidArgument, NotFound
 from lazysnap.layers.profile import ARTIFACT_TYPE, Profile, parse, serialize
@@ -28,11 +29,11 @@ from lazysnap.snapshotter.finder import fetch_profiles
 @click.option("--address", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS",
               show_default=True, metavar="SOCKET", help="containerd's socket.")  # fmt: skip
 @click.option("--namespace", "-n", default="default", envvar="CONTAINERD_NAMESPACE",
-              show_default=True, help="containerd's namespace.")  # fmt: skip
-@click.option("--snapshotter", default="lazysnap", show_default=True,
+              show_default=True, metavar="NAME", help="containerd's namespace.")  # fmt: skip
+@click.option("--snapshotter", default="lazysnap", show_default=True, metavar="NAME",
               help="Name of the snapshotter in containerd's configuration.")  # fmt: skip
-@click.option("--config", "config_path", type=click.Path(), help="lazysnap's configuration file.")
-@click.option("--root", type=click.Path(), help="lazysnap's root directory.")
+@config_option
+@root_option
 @click.option("--seconds", default=60.0, show_default=True, help="End the container after so long.")
 @click.option("--export", "export", type=click.Path(), help="Write the profile to a file.")
 @click.option("--import", "import_", type=click.Path(), help="Take the profile from a file.")

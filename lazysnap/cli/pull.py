@@ -36,10 +36,10 @@ _OTHERS = frozenset({"overlayfs", "native"})
 )  # fmt: skip
 @click.option(
     "--namespace", "-n", default="default", envvar="CONTAINERD_NAMESPACE", show_default=True,
-    help="containerd's namespace; Kubernetes uses k8s.io.",
+    metavar="NAME", help="containerd's namespace; Kubernetes uses k8s.io.",
 )  # fmt: skip
 @click.option(
-    "--snapshotter", default="lazysnap", show_default=True,
+    "--snapshotter", default="lazysnap", show_default=True, metavar="NAME",
     help="Name of the snapshotter in containerd's configuration.",
 )  # fmt: skip
 @click.option(

@@ -16,6 +16,7 @@ from lazysnap import config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.drain import chosen
 from lazysnap.cli.inquiry import database, inquire, slot_records
+from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.status import readable_root
 from lazysnap.errors import InvalidArgument
 from lazysnap.quantities import bytes_text
@@ -28,8 +29,8 @@ _OUTPUT = "lazysnap-report.html"
 
 @click.command()
 @click.argument("image")
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@config_option
+@root_option
 @click.option(
     "--output",
     "-o",
@@ -42,7 +43,8 @@ def command(
 ) -> None:
     """Show how IMAGE started on this node: what was fetched when, and which reads waited.
 
-    Told is what the workers remember: what happened since they were started, the latest events.
+    It tells what the workers remember: the latest events since they were started. So ask soon after
+    the start.
     """
     log.setup("error")
     if as_json and output == "-":

@@ -8,11 +8,12 @@ import msgspec
 import trio
 
 from lazysnap import config, log
+from lazysnap.cli.options import config_option, root_option
 
 
 @click.command()
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all state.")
+@config_option
+@root_option
 @click.option("--address", type=click.Path(), help="Socket that containerd connects to.")
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."

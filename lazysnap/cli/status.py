@@ -18,6 +18,7 @@ import trio
 from lazysnap import config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.inquiry import inquire
+from lazysnap.cli.options import config_option, root_option
 from lazysnap.errors import ConfigError
 from lazysnap.quantities import bytes_text
 
@@ -26,8 +27,8 @@ _CLEAR = "\033[H\033[2J\033[3J"
 
 
 @click.command()
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
-@click.option("--root", type=click.Path(), help="Directory of all of lazysnap's state.")
+@config_option
+@root_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C; with --json, a line each time.")
 @click.option(

@@ -8,12 +8,13 @@ import msgspec
 import trio
 
 from lazysnap import config, log
+from lazysnap.cli.options import config_option
 
 DEFAULT_ROOT = "/var/lib/lazysnap-store"
 
 
 @click.command()
-@click.option("--config", "config_path", type=click.Path(), help="Configuration file (TOML).")
+@config_option
 @click.option(
     "--root",
     type=click.Path(),
