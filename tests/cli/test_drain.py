@@ -28,7 +28,7 @@ background = false
 learn_profiles = false
 """
 # A request to a registry that hangs fails sooner than `--patience` ends.
-_IMPATIENT = "[registry]\nretry_seconds = 5\nstall_seconds = 5\n"
+_IMPATIENT = "[registry]\nretry_seconds = 3\nstall_seconds = 3\n"
 
 
 def _command(it: Stack, *arguments: str) -> list[str]:
@@ -105,7 +105,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path) -> None:
         reference = it.push_busybox("gone", ["estargz"] * 3, payload=payload)
         it.pull(reference)
         with registry_stopped(it):
-            result = _drain(it, "--patience", "15s", code=1)
+            result = _drain(it, "--patience", "8s", code=1)
             assert not result["complete"]
             missing = [layer for layer in result["layers"] if not layer["complete"]]
             assert any(layer["lastError"] for layer in missing)

@@ -9,12 +9,20 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from typing import Protocol
 
-from tests.support.stack import Stack
+from tests.support.registry import DockerRegistry
+
+
+class Scene(Protocol):
+    """Who has a registry."""
+
+    @property
+    def registry(self) -> DockerRegistry: ...
 
 
 @contextlib.contextmanager
-def registry_stopped(it: Stack) -> Iterator[None]:
+def registry_stopped(it: Scene) -> Iterator[None]:
     """Connections are neither answered nor refused."""
     line = subprocess.run(
         ["ss", "-Hltnp", f"sport = :{it.registry.port}"], capture_output=True, text=True, check=True
