@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -43,13 +44,14 @@ class ObjectStore:
         aside: the other one, on the same file system; likewise.
 
     Attributes:
-        holding: put new objects aside, until `release` or `seal` is called when this is no longer so.
+        hold_above: put new objects of more bytes than this aside, until `release` or `seal` is called
+            when this is infinite.
     """
 
     def __init__(self, root: str, aside: str) -> None:
         self.root = os.path.abspath(root)
         self.aside = os.path.abspath(aside)
-        self.holding = False
+        self.hold_above = math.inf
         self._objects = _open_directory(self.root)
         self._others = _open_directory(self.aside)
         # Verified by this process and not sealed yet.
@@ -181,8 +183,8 @@ class ObjectStore:
                 os.close(fd)
             if temporary is not None:
                 # Closed before: whoever watches the objects would take closing for a change.
-                os.rename(temporary, self.name(key), **self._ways(self._place()))
-                self._note(key)
+                os.rename(temporary, self.name(key), **self._ways(self._place(len(data))))
+                self._note(key, len(data))
         except OSError:
             if temporary is not None:
                 with contextlib.suppress(OSError):
@@ -240,7 +242,7 @@ class ObjectStore:
 
     def release(self) -> None:
         """Move what was held to the objects, unless more is to be held."""
-        while self._held and not self.holding:
+        while self._held and self.hold_above == math.inf:
             with contextlib.suppress(KeyError):  # another thread was faster
                 self._move(self._held.pop(), to=self._objects)
 
@@ -248,7 +250,8 @@ class ObjectStore:
         """Mark one object, unless it was written after `before` and may not have been synced."""
         for directory in (self._objects, self._others):
             try:
-                fd = self._open(key, directory)
+                # That is no opening, for whoever watches the objects.
+                fd = os.open(self.name(key), os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
             except OSError:
                 continue
             try:
@@ -284,7 +287,7 @@ class ObjectStore:
         self.note_removal()
 
     def withdraw(self, key: bytes) -> None:
-        """Take an object out of the kernel's sight until `seal` is called without `holding`."""
+        """Take an object out of the kernel's sight until `seal` is called when nothing is held."""
         self.put_on_probation(key)
         self._held.add(key)
 
@@ -342,13 +345,13 @@ class ObjectStore:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
         return os.open(temporary, flags, 0o600, dir_fd=self._others), temporary
 
-    def _place(self) -> int:
-        return self._others if self.holding else self._objects
+    def _place(self, size: int) -> int:
+        return self._others if size > self.hold_above else self._objects
 
-    def _note(self, key: bytes) -> None:
+    def _note(self, key: bytes, size: int) -> None:
         """An object was stored; not before, as its name may have stood for a wrong one."""
         self._unsealed.add(key)
-        if self.holding:
+        if size > self.hold_above:
             self._held.add(key)
 
     def _ways(self, place: int) -> Mapping[str, int]:
@@ -356,7 +359,8 @@ class ObjectStore:
 
     def _publish(self, fd: int, key: bytes) -> None:
         """Give an open file the name of an object."""
-        name, place = self.name(key), self._place()
+        size = os.fstat(fd).st_size
+        name, place = self.name(key), self._place(size)
         source = f"/proc/self/fd/{fd}"
         try:
             os.link(source, name, dst_dir_fd=place, follow_symlinks=True)
@@ -371,7 +375,7 @@ class ObjectStore:
                 # Still there if both were names of one file, as when another process has adopted it.
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=self._others)
-        self._note(key)
+        self._note(key, size)
 
 
 def _open_directory(path: str) -> int:

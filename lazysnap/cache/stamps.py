@@ -16,9 +16,10 @@ NANOSECONDS = 1_000_000_000
 _libc = ctypes.CDLL(None, use_errno=True)
 # Opening marks an object as used at most this often, so that reads cost no writes.
 _TOUCH_NANOSECONDS = 3600 * NANOSECONDS
-# From utimensat(2); `os.utime` cannot leave one of the two times alone.
+# From utimensat(2); `os.utime` cannot leave one of the two times alone, and needs more than O_PATH.
 _NOW = (1 << 30) - 1
 _OMIT = (1 << 30) - 2
+_AT_EMPTY_PATH = 0x1000
 
 
 class _Timespec(ctypes.Structure):
@@ -26,11 +27,11 @@ class _Timespec(ctypes.Structure):
 
 
 def _set_times(fd: int, accessed: tuple[int, int], modified: tuple[int, int]) -> None:
-    """futimens(2); each time is seconds and nanoseconds, the latter may be `_NOW` or `_OMIT`."""
+    """utimensat(2); each time is seconds and nanoseconds, the latter may be `_NOW` or `_OMIT`."""
     times = (_Timespec * 2)(_Timespec(*accessed), _Timespec(*modified))
-    if _libc.futimens(fd, times) != 0:
+    if _libc.utimensat(fd, b"", times, _AT_EMPTY_PATH) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "futimens")
+        raise OSError(code, os.strerror(code), "utimensat")
 
 
 def touch(fd: int, status: os.stat_result) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices when somebody writes to an object: inotify(7) on the directories of objects.
+"""Notices when somebody writes to an object, or opens one: inotify(7) on the directories of objects.
 
 The kernel reads objects without asking us, so a change must be noticed when it happens. We never write
-to what is among the objects ourselves. Knows nothing of what is done about it.
+to what is among the objects ourselves. That something is opened is told on demand only; overlay tells it
+like any program (Linux 6.8). Knows nothing of what is done about it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from lazysnap.errors import Internal
 
 _IN_MODIFY = 0x2
 _IN_CLOSE_WRITE = 0x8
+_IN_OPEN = 0x20
+_CHANGES = _IN_MODIFY | _IN_CLOSE_WRITE
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 # watch, mask, cookie, length of the name that follows
@@ -38,37 +41,57 @@ class ObjectWatch:
         self.fd = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
         if self.fd < 0:
             raise _refused()
+        self._root = os.fsencode(root)
+        self._tells_opens = False
+        try:
+            self._watch(_CHANGES)
+        except Internal:
+            os.close(self.fd)
+            raise
+
+    def _watch(self, mask: int) -> None:
         for number in range(256):
-            path = os.path.join(root, f"{number:02x}")
-            mask = _IN_MODIFY | _IN_CLOSE_WRITE
-            if _libc.inotify_add_watch(self.fd, os.fsencode(path), mask) < 0:
-                error = _refused()
-                os.close(self.fd)
-                raise error
+            if _libc.inotify_add_watch(self.fd, b"%s/%02x" % (self._root, number), mask) < 0:
+                raise _refused()
+
+    def tell_opens(self, wanted: bool) -> None:
+        """From now on, tell what is opened, or no longer."""
+        if wanted != self._tells_opens:
+            self._watch(_CHANGES | _IN_OPEN if wanted else _CHANGES)
+            self._tells_opens = wanted
 
     def close(self) -> None:
         """End watching."""
         os.close(self.fd)
 
-    def changed(self) -> set[bytes]:
-        """The keys of objects that were written to since the last call; does not wait.
+    def take(self) -> tuple[set[bytes], list[bytes]]:
+        """What has happened since the last call; does not wait.
 
-        `fd` is readable when there are some.
+        `fd` is readable when there is something.
+
+        Returns:
+            The keys of objects that were written to; and of those that were opened, in that order,
+            some perhaps repeatedly.
         """
-        found: set[bytes] = set()
+        changed: set[bytes] = set()
+        opened: list[bytes] = []
         with contextlib.suppress(BlockingIOError):
             while events := os.read(self.fd, _READ_SIZE):
                 at = 0
                 while at < len(events):
-                    length = _EVENT.unpack_from(events, at)[3]
+                    _, mask, _, length = _EVENT.unpack_from(events, at)
                     at += _EVENT.size
                     name = events[at : at + length].rstrip(b"\0")
                     at += length
                     with contextlib.suppress(ValueError):
                         key = bytes.fromhex(name.decode("ascii", "replace"))
-                        if len(key) == 32:
-                            found.add(key)
-        return found
+                        if len(key) != 32:
+                            continue
+                        if mask & _CHANGES:
+                            changed.add(key)
+                        else:
+                            opened.append(key)
+        return changed, opened
 
 
 def _refused() -> Internal:

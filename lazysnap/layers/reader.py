@@ -39,6 +39,9 @@ class LayerReader:
         fetcher: brings what is missing.
         missed: told the node of a file that a reader has to wait for.
         begun: told the node of a file whose beginning is read.
+
+    Attributes:
+        begun: as above, for those who read without this.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class LayerReader:
         self.fetcher = fetcher
         self._contents = contents
         self._missed = missed
-        self._begun = begun
+        self.begun = begun
 
     def read_nowait(self, node: int, offset: int, size: int) -> bytes | memoryview | None:
         """Read what needs neither the network nor a disk.
@@ -72,7 +75,7 @@ class LayerReader:
         if size <= 0:
             return b""
         if offset == 0:
-            self._begun(node)
+            self.begun(node)
         content = self._contents.find(file)
         if content is None:
             return None

@@ -48,6 +48,8 @@ class Recorder:
         self.sessions: set[float] = set()
         self._over: set[float] = set()
         self._notes: list[tuple[int, int, int, float]] = []
+        # By time.monotonic(), when a session was begun here: later than the start, if all was busy.
+        self._begun = 0.0
 
     def begin(self, since: float) -> None:
         """Begin a session.
@@ -55,7 +57,8 @@ class Recorder:
         Args:
             since: when the start began, by time.monotonic().
         """
-        expired = time.monotonic() - _EXPIRES_SECONDS
+        self._begun = time.monotonic()
+        expired = self._begun - _EXPIRES_SECONDS
         self.sessions = {begun for begun in self.sessions if begun > expired}
         self._over &= self.sessions
         if not self.sessions:
@@ -84,13 +87,17 @@ class Recorder:
         return not self.sessions
 
     @property
+    def attentive(self) -> bool:
+        """Whether what is read belongs to a start, however long ago that began."""
+        return bool(self.sessions - self._over)
+
+    @property
     def worthwhile(self) -> bool:
         """Whether a start may be going on: something was read lately, and not everything."""
-        starts = self.sessions - self._over
-        if not starts:
+        if not self.attentive:
             return False
         last = self._notes[-1][3] if self._notes else 0.0
-        quiet = time.monotonic() - max(last, *starts)
+        quiet = time.monotonic() - max(last, self._begun)
         return len(self._notes) < _STARTS_AT_MOST and quiet < _OVER_SECONDS
 
     def note(self, node: int, offset: int, size: int) -> None:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notes what is read of the layers of a shard while a start is watched, for a profile.
 
-Meanwhile new objects are kept out of the kernel's sight, as what it reads by itself tells nobody.
+What the kernel reads by itself tells nobody, but that it opens an object can be watched, and who opens a
+small file reads all of it. So meanwhile only new objects that are larger are kept out of the kernel's
+sight. For a profile that is made on purpose all are, old ones as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +19,21 @@ import msgspec
 import pyfuse3
 import trio
 
+from lazysnap import log
 from lazysnap.cache import Cache
-from lazysnap.errors import FailedPrecondition
+from lazysnap.cache.watch import ObjectWatch
+from lazysnap.errors import FailedPrecondition, LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.members import of_file
 from lazysnap.layers.recorder import Recorder
 from lazysnap.layers.recorder import reads as reads_of
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
+
+_log = log.get(__name__)
+# As much as the kernel reads at once when it reads ahead.
+_SMALL = 128 << 10
+# Objects whose first opening is noted.
+_OPENED_MOST = 50_000
 
 
 class Recording:
@@ -31,13 +42,23 @@ class Recording:
     Args:
         layers: of the shard.
         cache: whose objects are kept out of sight.
+        watch: tells what is opened of them; None if that cannot be told.
         nursery: where they are moved into its sight again.
     """
 
-    def __init__(self, layers: MountedLayers, cache: Cache, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        layers: MountedLayers,
+        cache: Cache,
+        watch: ObjectWatch | None,
+        nursery: trio.Nursery,
+    ) -> None:
         self._layers = layers
         self._objects = cache.objects
+        self._watch = watch
         self._nursery = nursery
+        # By anybody, since the last session began.
+        self._opened: set[bytes] = set()
         # Sessions that somebody wants to the end, whatever is read.
         self._wanted: set[float] = set()
 
@@ -57,7 +78,8 @@ class Recording:
                 place = partial(_place, layer.index)
                 layer.recorder = Recorder(place, partial(self._walked, layer))
             layer.recorder.begin(since)
-            self._objects.holding = True
+            self._opened.clear()
+            self.hold()
             if fresh:
                 await trio.to_thread.run_sync(self._drop_pages, layer)
 
@@ -92,7 +114,45 @@ class Recording:
 
     def under_way(self) -> bool:
         """Whether a start may be going on that is watched."""
-        return any(recorder.worthwhile for recorder in self._recorders())
+        return any(recorder.worthwhile for _, recorder in self._recorded())
+
+    def hold(self) -> None:
+        """Keep from the kernel's sight what would be read unnoticed, while a start may be going on.
+
+        What is opened is noted until the session ends: that costs nobody a detour.
+        """
+        if self._watch is not None:
+            try:
+                self._watch.tell_opens(any(each.attentive for _, each in self._recorded()))
+            except LazysnapError as error:
+                _log.warning("what the kernel opens is not noted", error=error)
+                self._watch = None
+        wanted = any(self._wanted & recorder.sessions for _, recorder in self._recorded())
+        most = 0 if wanted or self._watch is None else _SMALL
+        self._objects.hold_above = most if self.under_way() else math.inf
+
+    def opened(self, keys: Iterable[bytes]) -> None:
+        """Somebody has opened objects: most likely the kernel, for whoever reads the files.
+
+        Args:
+            keys: of the objects.
+        """
+        for key in keys:
+            if key not in self._opened and len(self._opened) < _OPENED_MOST:
+                self._opened.add(key)
+                self._note(key)
+
+    def _note(self, key: bytes) -> None:
+        """Note that all of a small file is read: once for each session, whichever layers have it."""
+        told: set[float] = set()
+        for layer, recorder in self._recorded():
+            if recorder.sessions <= told:
+                continue
+            node = layer.index.find(key)
+            if node >= 0 and (size := layer.index.file(node).size) <= _SMALL:
+                told |= recorder.sessions
+                recorder.note(node, 0, size)
+                layer.reader.begun(node)
 
     def _walked(self, layer: MountedLayer) -> None:
         """End watching, as somebody reads all of some part of a layer: what starts does not do that.
@@ -102,18 +162,17 @@ class Recording:
         if layer.recorder is None:
             return
         over = layer.recorder.sessions - self._wanted
-        for recorder in self._recorders():
+        for _, recorder in self._recorded():
             recorder.give_up(over)
         self._nursery.start_soon(self._release)
 
-    def _recorders(self) -> list[Recorder]:
+    def _recorded(self) -> list[tuple[MountedLayer, Recorder]]:
         layers = (self._layers.get(slot) for slot in self._layers.slots_loaded())
-        recorders = (layer.recorder for layer in layers if layer is not None)
-        return [recorder for recorder in recorders if recorder is not None]
+        return [(layer, layer.recorder) for layer in layers if layer and layer.recorder]
 
     async def _release(self) -> None:
         """Let the kernel see what was kept from it, if nothing is watched any more."""
-        self._objects.holding = self.under_way()
+        self.hold()
         await trio.to_thread.run_sync(self._objects.release)
 
     def _drop_pages(self, layer: MountedLayer) -> None:

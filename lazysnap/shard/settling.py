@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seals new objects, and takes away from the kernel what it shall not read by itself.
+"""Seals new objects, takes away from the kernel what somebody changed, and tells what it opens.
 
-That is what somebody changed; and while a start is watched all that is new, as what the start reads is to
-be noted, and the kernel tells nobody. Knows nothing of layers or requests.
+Knows nothing of layers or requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
 from lazysnap import log
+from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.contents import Contents
 from lazysnap.shard import memory
 
 _log = log.get(__name__)
+# What is opened meanwhile is told together.
+_GATHER_SECONDS = 0.02
+
+
+def watch_objects(cache: Cache) -> ObjectWatch | None:
+    """Watch the objects of a cache; None, with a warning, if the kernel does not allow that."""
+    try:
+        return ObjectWatch(cache.objects.root)
+    except LazysnapError as error:
+        _log.warning("changes of cached objects are only seen at a start", error=error)
+        return None
 
 
 class Settling:
@@ -26,30 +37,37 @@ class Settling:
     Args:
         contents: the process's table of open contents.
         seconds: time between two syncs of the cache.
-        watched: whether a start is being watched now.
+        watch: of the objects; it is closed in the end.
+        hold: decides what is kept from the kernel's sight; called every so many seconds.
+        opened: told the keys of objects that were opened.
 
     Attributes:
         checked: set when all objects were looked at.
     """
 
-    def __init__(self, contents: Contents, seconds: float, watched: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        seconds: float,
+        watch: ObjectWatch | None,
+        hold: Callable[[], object],
+        opened: Callable[[Iterable[bytes]], object],
+    ) -> None:
         self.checked = trio.Event()
         self._contents = contents
         self._objects = contents.cache.objects
         self._seconds = seconds
-        self._watched = watched
+        self._watch = watch
+        self._hold = hold
+        self._opened = opened
 
     async def run(self) -> None:
         """Do it, for ever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._seal)
-            try:
-                watch = ObjectWatch(self._objects.root)
-            except LazysnapError as error:
-                _log.warning("changes of cached objects are only seen at a start", error=error)
-            else:
-                nursery.start_soon(self._follow, watch)
-            # After the watch has begun, so that no change is missed in between.
+            if self._watch is not None:
+                nursery.start_soon(self._follow, self._watch)
+            # The watch has begun before, so that no change is missed in between.
             try:
                 await trio.to_thread.run_sync(self._objects.recover)
             except OSError as error:
@@ -60,23 +78,32 @@ class Settling:
         """Sync and seal what was stored, every few seconds."""
         while True:
             await trio.sleep(self._seconds)
-            self._objects.holding = self._watched()
+            self._hold()
             try:
                 if await trio.to_thread.run_sync(self._objects.seal):
                     await trio.to_thread.run_sync(memory.give_back)
             except LazysnapError as error:
                 _log.error("cache not synced", error=error)
 
+    def look(self) -> bool:
+        """Follow what has happened to objects until now; returns whether any was opened."""
+        if self._watch is None:
+            return False
+        changed, opened = self._watch.take()
+        for key in changed:
+            _log.warning("cached object was changed, it is verified again", digest=key.hex())
+            self._objects.demote(key)
+            self._contents.forget(key)
+        if opened:
+            self._opened(opened)
+        return bool(opened)
+
     async def _follow(self, watch: ObjectWatch) -> None:
-        """Take away objects that somebody writes to."""
+        """Take away objects that somebody writes to, and tell of those that are opened."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(watch.fd)
-                for key in watch.changed():
-                    _log.warning(
-                        "cached object was changed, it is verified again", digest=key.hex()
-                    )
-                    self._objects.demote(key)
-                    self._contents.forget(key)
+                if self.look():
+                    await trio.sleep(_GATHER_SECONDS)
         finally:
             watch.close()

@@ -66,7 +66,7 @@ from lazysnap.shard.names import Names
 from lazysnap.shard.operations import Operations
 from lazysnap.shard.recording import Recording
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
-from lazysnap.shard.settling import Settling
+from lazysnap.shard.settling import Settling, watch_objects
 
 _log = log.get(__name__)
 EXIT_UNMOUNTED = 0
@@ -113,8 +113,15 @@ class Worker:
         self._blobs: dict[str, Blob] = {}
         self._guessers: dict[str, Guesser] = {}
         self._health = LayerHealth(self.cache, settings)
-        self.recording = Recording(self.layers, self.cache, nursery)
-        self.settling = Settling(self.contents, settings.seal_seconds, self.recording.under_way)
+        watch = watch_objects(self.cache)
+        self.recording = Recording(self.layers, self.cache, watch, nursery)
+        self.settling = Settling(
+            self.contents,
+            settings.seal_seconds,
+            watch,
+            self.recording.hold,
+            self.recording.opened,
+        )
         self._started = time.monotonic()
         self.names = Names(root) if settings.named else None
 
@@ -170,9 +177,13 @@ class Worker:
             "drain": self.draining.drain,
             "link": self.linking.link,
             "record": self.recording.record,
-            "recorded": self.recording.recorded,
+            "recorded": self._recorded,
         }
         return {name: getattr(self, name) for name in names} | others
+
+    async def _recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
+        self.settling.look()  # also what was opened a moment ago
+        return await self.recording.recorded(slots, since)
 
     async def ping(self) -> dict[str, Any]:
         """Who serves this shard."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -244,14 +245,14 @@ def test_a_removal_begins_another_generation(store: ObjectStore) -> None:
 
 def test_what_is_held_is_kept_from_the_kernel_until_it_is_not(store: ObjectStore) -> None:
     shown, aside = Path(store.root, store.name(KEY)), Path(store.aside, store.name(KEY))
-    store.holding = True
+    store.hold_above = 0
     store.put(KEY, DATA)
     assert (shown.exists(), aside.exists()) == (False, True)
     assert _read(store) == DATA
     assert store.seal() == 1
     assert (shown.exists(), aside.exists()) == (False, True)
     assert _read(_again(store)) == DATA
-    store.holding = False
+    store.hold_above = math.inf
     store.seal()
     assert (shown.exists(), aside.exists()) == (True, False)
     store.withdraw(KEY)
@@ -261,8 +262,30 @@ def test_what_is_held_is_kept_from_the_kernel_until_it_is_not(store: ObjectStore
     assert (shown.exists(), aside.exists()) == (True, False)
 
 
+@pytest.mark.parametrize("above", [len(DATA) - 1, len(DATA)])
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_only_what_is_larger_than_the_bound_is_held(
+    store: ObjectStore, tmp_path: Path, above: int, anonymous: bool
+) -> None:
+    store._anonymous = anonymous
+    store.hold_above = above
+    store.put(KEY, DATA)
+    shown = Path(store.root, store.name(KEY))
+    assert shown.exists() == (above == len(DATA))
+    store.remove(KEY)
+    complete = tmp_path / "complete"
+    complete.write_bytes(DATA)
+    assert store.adopt(str(complete), KEY)
+    assert shown.exists() == (above == len(DATA))
+    store.seal()
+    assert shown.exists() == (above == len(DATA))
+    store.hold_above = math.inf
+    store.release()
+    assert shown.exists()
+
+
 def test_what_a_dead_process_has_held_is_moved_by_the_next(store: ObjectStore) -> None:
-    store.holding = True
+    store.hold_above = 0
     store.put(KEY, DATA)
     store.seal()
     assert _again(store).recover() == (1, 0)
@@ -316,7 +339,7 @@ def test_after_a_boot_the_kernel_sees_only_what_was_sealed(
 
 
 def test_a_changed_object_does_not_replace_a_right_one(store: ObjectStore) -> None:
-    store.holding = True
+    store.hold_above = 0
     store.put(KEY, DATA)
     Path(store.root, store.name(KEY)).write_bytes(b"wrong")
     _again(store).demote(KEY)

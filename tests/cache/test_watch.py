@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
+from lazysnap.errors import Internal
 
 DATA = b"right"
 KEY = hashlib.sha256(DATA).digest()
@@ -39,7 +41,7 @@ def test_storing_and_removing_are_no_changes(cache: Cache, watch: ObjectWatch) -
     assert cache.objects.verify(KEY)
     cache.objects.seal()
     cache.objects.remove(KEY)
-    assert watch.changed() == set()
+    assert watch.take() == (set(), [])
 
 
 def test_a_write_is_a_change(cache: Cache, watch: ObjectWatch) -> None:
@@ -48,7 +50,42 @@ def test_a_write_is_a_change(cache: Cache, watch: ObjectWatch) -> None:
     path = Path(cache.objects.path(KEY))
     with path.open("r+b") as file:
         file.write(b"w")
-    assert watch.changed() == {KEY}
-    assert watch.changed() == set()
+    assert watch.take() == ({KEY}, [])
+    assert watch.take() == (set(), [])
     path.with_name("other").write_bytes(b"not an object")
-    assert watch.changed() == set()
+    assert watch.take() == (set(), [])
+
+
+def test_opening_is_told_while_that_is_wanted(cache: Cache, watch: ObjectWatch) -> None:
+    cache.objects.put(KEY, DATA)
+    path = Path(cache.objects.path(KEY))
+    path.read_bytes()
+    watch.tell_opens(True)
+    assert watch.take() == (set(), [])
+    path.read_bytes()
+    path.stat()
+    assert watch.take() == (set(), [KEY])
+    with path.open("r+b") as file:
+        file.write(b"w")
+    assert watch.take() == ({KEY}, [KEY])
+    watch.tell_opens(False)
+    path.read_bytes()
+    assert watch.take() == (set(), [])
+
+
+def test_our_own_work_is_no_opening(cache: Cache, watch: ObjectWatch, tmp_path: Path) -> None:
+    watch.tell_opens(True)
+    cache.objects.put(KEY, DATA)
+    complete = tmp_path / "complete"
+    complete.write_bytes(DATA)
+    assert cache.objects.adopt(str(complete), KEY)
+    assert cache.objects.seal() == 1
+    assert cache.objects.exists(KEY, len(DATA))
+    cache.objects.demote(KEY)
+    assert watch.take() == (set(), [])
+
+
+def test_what_cannot_be_watched_is_an_error(cache: Cache, watch: ObjectWatch) -> None:
+    shutil.rmtree(cache.objects.root)
+    with pytest.raises(Internal):
+        watch.tell_opens(True)

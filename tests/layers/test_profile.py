@@ -275,17 +275,21 @@ def test_a_recorder_that_is_forgotten_takes_bounded_memory(now: list[float]) -> 
     assert recorder.end(now[0]) == []
 
 
-def test_a_start_is_over_when_nothing_or_everything_is_read() -> None:
+def test_a_start_is_over_when_nothing_or_everything_is_read(now: list[float]) -> None:
     recorder = Recorder()
     assert not recorder.worthwhile
-    recorder.begin(time.monotonic())
+    recorder.begin(now[0])
     assert recorder.worthwhile
     for number in range(6_000):
         recorder.note(number, 0, 1)
     assert not recorder.worthwhile
     slow = Recorder()
-    slow.begin(time.monotonic() - 60)
+    # Told late, as all was busy.
+    slow.begin(now[0] - 60)
+    assert slow.worthwhile
+    now[0] += 60
     assert not slow.worthwhile
+    assert slow.attentive
     slow.note(1, 0, 1)
     assert slow.worthwhile
 

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def _push(it: Stack) -> str:
 def _profiles(it: Stack) -> list[dict[str, Any]]:
     found = (it.lazysnap.root / "profiles").glob("*.json")
     return [json.loads(path.read_text()) for path in found]
+
+
+def _learned(it: Stack, count: int) -> bool:
+    return len(_profiles(it)) == count
 
 
 def _status(it: Stack) -> dict[str, dict[str, Any]]:
@@ -94,6 +99,29 @@ def test_a_second_pull_fetches_what_the_first_start_read(tmp_path: Path) -> None
         wanted = sum(read[2] for found in profile["layers"].values() for read in found)
         wait_until(lambda: sum(_local(it).values()) >= wanted)
         assert not names(set(_EXTRA) - {"extra/2", "extra/6"}) & _objects(it)
+
+
+def test_a_start_that_opens_hundreds_of_small_files_is_learned_whole(tmp_path: Path) -> None:
+    modules = {f"modules/{n:03}.py": random.Random(n).randbytes(900 + n) for n in range(600)}
+    tar = layers.make_tar([layers.file(path, data) for path, data in modules.items()])
+    with stack(tmp_path, config=_LEARN) as it:
+        shared = [layers.estargz(each) for each in [*images.busybox_tars(), tar]]
+        wanted = {path for path in modules if path.endswith(("1.py", "4.py", "7.py"))}
+        for number, own in enumerate(("one", "other"), 1):
+            # The kernel opens most files by itself: those that were guessed, and of the other image
+            # all that are small.
+            marked = layers.estargz(layers.make_tar([layers.file("mark", own.encode())]))
+            reference = it.push(own, [*shared, marked])
+            it.pull(reference)
+            told = it.run(reference, "sh", "-c", "cat /modules/*[147].py | wc -c")
+            assert int(told) == sum(len(modules[path]) for path in wanted)
+            it.run(reference, "true")
+            wait_until(partial(_learned, it, number))
+        for profile in _profiles(it):
+            reads = [read for found in profile["layers"].values() for read in found]
+            found = {path: (offset, length) for path, offset, length, _ in reads}
+            assert {path for path in found if path.startswith("modules/")} == wanted
+            assert all(found[path] == (0, len(modules[path])) for path in wanted)
 
 
 def test_a_worker_that_dies_while_watched_teaches_nothing_wrong(tmp_path: Path) -> None:
