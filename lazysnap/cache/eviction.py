@@ -188,7 +188,8 @@ class Evictor:
     def seconds_since_eviction(self) -> float:
         """How long ago a process has evicted something; infinite if that is not known."""
         try:
-            return max(time.time() - os.stat(self._last).st_mtime, 0.0)
+            # A clock that was set back must not make one that was long ago a recent one for years.
+            return abs(time.time() - os.stat(self._last).st_mtime)
         except OSError:
             return float("inf")
 

@@ -257,7 +257,8 @@ class Content:
                 )
             except NotFound:
                 return
-            if time.time() - answer.status.updated_at.seconds > _BUSY_SECONDS:
+            # In the future: the clock was set back since.
+            if abs(time.time() - answer.status.updated_at.seconds) > _BUSY_SECONDS:
                 return
             await trio.sleep(_POLL_SECONDS)
 

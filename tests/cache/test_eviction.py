@@ -82,6 +82,17 @@ def test_a_time_in_the_future_is_none(cache: Cache) -> None:
     assert cache.objects.open(wrong, MIB) is None
 
 
+def test_an_eviction_before_the_clock_was_set_back_is_not_a_recent_one(cache: Cache) -> None:
+    _put(cache, 1, MIB, age=86400)
+    evictor = Evictor(cache, _limit(MIB - 1))
+    assert evictor.seconds_since_eviction() == float("inf")
+    assert evictor.look() == MIB
+    assert evictor.seconds_since_eviction() < 3600
+    later = time.time() + 365 * 86400
+    os.utime(os.path.join(cache.root, "evicted"), (later, later))
+    assert evictor.seconds_since_eviction() > 3600
+
+
 def test_partial_files_go_with_their_maps(cache: Cache) -> None:
     file = PartialFile(cache.partial, bytes(32), 4 * MIB, 4)
     file.write(0, 0, os.urandom(MIB))
