@@ -97,7 +97,10 @@ class MountedLayers:
         if reader is None:
             path = os.path.join(self.root, "cache", "index", record.index)
             index = await trio.to_thread.run_sync(open_index, path)
-            reader = self._readers.setdefault(record.index, self._make_reader(record, index))
+            # Another slot of the layer may have got one meanwhile; there is one for each layer.
+            reader = self._readers.get(record.index)
+            if reader is None:
+                reader = self._readers[record.index] = self._make_reader(record, index)
         return MountedLayer(record, reader)
 
     def forget(self, slot: int) -> None:

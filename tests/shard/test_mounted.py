@@ -43,6 +43,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
     return patient_clock(monkeypatch)
 
 
+async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_path: Path) -> None:
+    layer = layers.estargz([layers.file("f", b"content")])
+    cache = Cache(str(tmp_path / "cache"))
+    (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
+    contents = Contents(cache)
+    made = []
+    async with trio.open_nursery() as nursery:
+
+        def make_reader(record: SlotRecord, index: LayerIndex) -> LayerReader:
+            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
+            fetcher = Fetcher(
+                index, source, contents, nursery, decoders, Scheduler(), "host", "layer"
+            )
+            made.append(LayerReader(index, contents, fetcher))
+            return made[-1]
+
+        for slot in range(1, 5):
+            record = SlotRecord(
+                slot=slot, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+            )
+            write_slot(str(tmp_path), record)
+        mounted = MountedLayers(str(tmp_path), 0, make_reader)
+        async with trio.open_nursery() as loading:
+            for slot in range(1, 5):
+                loading.start_soon(mounted.load, slot)
+        assert len(made) == 1
+        assert {(await mounted.load(slot)).reader for slot in range(1, 5)} == set(made)
+    contents.close()
+
+
 async def test_an_index_takes_memory_only_while_it_is_read(
     tmp_path: Path, clock: trio.testing.MockClock
 ) -> None:
