@@ -18,8 +18,8 @@ _MOST = 50_000
 # What reads more than this is not waited for, nor what reads nothing for so long.
 _OVER_SECONDS = 5.0
 _STARTS_AT_MOST = 5_000
-# Who has not come for a session by then never will.
-_EXPIRES_SECONDS = 3600.0
+EXPIRES_SECONDS = 3600.0
+"""Who has not come for a session by then never will."""
 # Who reads so many files of so many that lie together does not start, but walks through the layer. Not
 # fewer: `import pandas` reads all 600 time zones.
 _WALK_READS = 1024
@@ -58,7 +58,7 @@ class Recorder:
             since: when the start began, by time.monotonic().
         """
         self._begun = time.monotonic()
-        expired = self._begun - _EXPIRES_SECONDS
+        expired = self._begun - EXPIRES_SECONDS
         self.sessions = {begun for begun in self.sessions if begun > expired}
         self._over &= self.sessions
         if not self.sessions:

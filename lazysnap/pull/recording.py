@@ -7,6 +7,7 @@ first, as a read from there would not be seen. Talks to the shards' control sock
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -93,19 +94,34 @@ async def record(
     """
     shards = _shards(root, image)
     since = time.monotonic()
-    for shard, slots in shards.items():
-        await _call(root, shard, "record", slots=slots, since=since, fresh=True)
     try:
+        for shard, slots in shards.items():
+            await _call(root, shard, "record", slots=slots, since=since, fresh=True)
         await _run(image.name, command, ctr, snapshotter, seconds)
-    finally:
-        layers: dict[str, list[Read]] = {}
-        with trio.CancelScope(shield=True):
-            for shard, slots in shards.items():
-                found: Mapping[str, object] = await _call(
-                    root, shard, "recorded", slots=slots, since=since
-                )
-                layers.update({k: msgspec.convert(v, list[Read]) for k, v in found.items()})
+    except BaseException:
+        with trio.CancelScope(shield=True), contextlib.suppress(LazysnapError):
+            await _recorded(root, shards, since)
+        raise
+    layers = await _recorded(root, shards, since)
     return from_reads(image.manifest.digest, command, layers)
+
+
+async def _recorded(
+    root: str, shards: Mapping[int, list[int]], since: float
+) -> dict[str, list[Read]]:
+    """End recording on all shards, whatever some of them answer; what was read, by layer digest."""
+    layers: dict[str, list[Read]] = {}
+    failed: LazysnapError | None = None
+    for shard, slots in shards.items():
+        try:
+            found = await _call(root, shard, "recorded", slots=slots, since=since)
+        except LazysnapError as error:
+            failed = error
+        else:
+            layers.update({k: msgspec.convert(v, list[Read]) for k, v in found.items()})
+    if failed is not None:
+        raise failed
+    return layers
 
 
 def _shards(root: str, image: LocalImage) -> dict[int, list[int]]:

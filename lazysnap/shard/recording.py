@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import stat
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import FailedPrecondition, LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.members import of_file
-from lazysnap.layers.recorder import Recorder
+from lazysnap.layers.recorder import EXPIRES_SECONDS, Recorder
 from lazysnap.layers.recorder import reads as reads_of
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 
@@ -71,7 +72,9 @@ class Recording:
             fresh: have the kernel forget what it has, as reading that would not be seen.
         """
         if fresh:
-            self._wanted.add(since)
+            # Without those of commands that were killed.
+            expired = time.monotonic() - EXPIRES_SECONDS
+            self._wanted = {begun for begun in self._wanted if begun > expired} | {since}
         for slot in slots:
             layer = await self._layers.load(slot)
             if layer.recorder is None:
