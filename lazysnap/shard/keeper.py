@@ -36,7 +36,8 @@ _RESEND = struct.pack("<IiQ", 16, 7, 0)
 _MNT_DETACH = 2
 # What the worker exits with when the file system was unmounted: there is nothing left to serve.
 EXIT_UNMOUNTED = 0
-_RESPAWN_DELAYS = (0.0, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+# From the start of a worker to that of the next, by how many have ended soon one after the other.
+_RESPAWN_DELAYS = (0.0, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 _STABLE_SECONDS = 10.0
 _LOCK_ATTEMPTS = 25
 _NO_WORKER = 71 << 8
@@ -174,8 +175,9 @@ class _Keeper:
             if code == EXIT_UNMOUNTED or self.stopping:
                 return 0
             _say(f"worker ended with {code}, starting another")
-            failures = 0 if time.monotonic() - started > _STABLE_SECONDS else failures + 1
-            time.sleep(_RESPAWN_DELAYS[min(failures, len(_RESPAWN_DELAYS) - 1)])
+            lived = time.monotonic() - started
+            failures = 0 if lived > _STABLE_SECONDS else failures + 1
+            time.sleep(pause(failures, lived))
         return 0
 
     def _run_worker(self, operations: Handshake) -> int:
@@ -202,6 +204,19 @@ class _Keeper:
         _, status = os.waitpid(self.child, 0)
         self.child = 0
         return status
+
+
+def pause(failures: int, lived: float) -> float:
+    """How long to wait before the next worker is forked, in seconds.
+
+    One that cannot serve must not take all of a CPU by being started again and again. One that has
+    served for a while and was killed, also repeatedly, is replaced at once: readers wait for it.
+
+    Args:
+        failures: how many workers have ended soon one after the other.
+        lived: for how long the last one lived, in seconds.
+    """
+    return max(_RESPAWN_DELAYS[min(failures, len(_RESPAWN_DELAYS) - 1)] - lived, 0.0)
 
 
 def _lock(path: str) -> bool:

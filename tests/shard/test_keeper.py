@@ -22,6 +22,7 @@ from fixtures.processes import alive
 from lazysnap import mounts
 from lazysnap.errors import Internal
 from lazysnap.layers.slots import remove_slot
+from lazysnap.shard.keeper import pause
 from tests.shard.bench import NUMBER, Shard, shard
 from tests.support import layers
 from tests.support.stack import wait_until
@@ -122,6 +123,11 @@ def test_a_worker_that_cannot_start_is_tried_again_without_haste(it: Shard) -> N
     # None of the dead ones is left as a zombie.
     children = Path(f"/proc/{it.pids()[0]}/task/{it.pids()[0]}/children").read_text().split()
     assert [int(pid) for pid in children] == [it.pids()[1]]
+
+
+def test_a_worker_that_has_served_is_replaced_at_once_however_often_it_is_killed() -> None:
+    assert [pause(failures, lived=2.0) for failures in range(100)] == [0.0] * 100
+    assert pause(100, lived=0.5) > 1
 
 
 def test_a_worker_asks_for_enough_descriptors(tmp_path: Path) -> None:
