@@ -137,15 +137,7 @@ class LayerStore:
     async def _make(self, image: Image, number: int, key: str) -> int:
         """Have a lazy snapshot of a layer; its slot."""
         layers = image.manifest.layers or ()
-        wanted = label_names.layer_labels(
-            chain_id=key,
-            reference=image.reference.name,
-            manifest_digest=image.descriptor.digest,
-            layer_digests=[layer.digest for layer in layers[number:]],
-            size=layers[number].size,
-            media_type=layers[number].media_type,
-            annotations=layers[number].annotations or {},
-        )
+        wanted = image.layer_labels(number, key)
         temporary = f"layer {secrets.token_hex(8)}"
         try:
             await self._snapshotter.prepare(temporary, "", wanted)

@@ -71,15 +71,7 @@ def plan(image: Image) -> list[Layer]:
     for number, (blob, diff_id, chain_id) in enumerate(
         zip(blobs, image.config.diff_ids, image.config.chain_ids(), strict=True)
     ):
-        labels = names.layer_labels(
-            chain_id=chain_id,
-            reference=image.reference.name,
-            manifest_digest=image.descriptor.digest,
-            layer_digests=[upper.digest for upper in blobs[number:]],
-            size=blob.size,
-            media_type=blob.media_type,
-            annotations=blob.annotations or {},
-        )
+        labels = image.layer_labels(number, chain_id)
         layers.append(Layer(number, blob, diff_id, chain_id, parent, labels))
         parent = chain_id
     return layers

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from lazysnap import oci
+from lazysnap import labels, oci
 from lazysnap.errors import FormatError, RegistryNotFound
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
@@ -35,6 +35,25 @@ class Image:
     manifest: oci.Manifest
     config: oci.ImageConfig
     config_bytes: bytes
+
+    def layer_labels(self, number: int, chain_id: str) -> dict[str, str]:
+        """The labels with which a layer is asked for, see `lazysnap.labels.layer_labels`.
+
+        Args:
+            number: of the layer, from 0 for the lowest.
+            chain_id: by which its snapshot is found.
+        """
+        layers = self.manifest.layers or ()
+        layer = layers[number]
+        return labels.layer_labels(
+            chain_id=chain_id,
+            reference=self.reference.name,
+            manifest_digest=self.descriptor.digest,
+            layer_digests=[each.digest for each in layers[number:]],
+            size=layer.size,
+            media_type=layer.media_type,
+            annotations=layer.annotations or {},
+        )
 
 
 Read = Callable[[oci.Descriptor], Awaitable[bytes]]

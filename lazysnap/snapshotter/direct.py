@@ -10,7 +10,6 @@ snapshot, which the client fills: it is never an error of its own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -225,9 +224,7 @@ class DirectLayers:
 
 
 def _check_chain(layer: Layer, chain: str, diff_id: str, wanted: str) -> None:
-    found = diff_id
-    if chain:
-        found = "sha256:" + hashlib.sha256(f"{chain} {diff_id}".encode()).hexdigest()
+    found = oci.chain_id(Digest.parse(chain) if chain else None, Digest.parse(diff_id))
     if found != wanted:
         raise DigestMismatch(
             f"layer {layer.digest} unpacks to {diff_id}, which makes {found} and not {wanted}"

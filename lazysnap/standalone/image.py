@@ -94,15 +94,7 @@ async def bring(
     for number, (diff_id, chain_id) in enumerate(
         zip(image.config.diff_ids, image.config.chain_ids(), strict=True)
     ):
-        labels = names.layer_labels(
-            chain_id=chain_id,
-            reference=image.reference.name,
-            manifest_digest=image.descriptor.digest,
-            layer_digests=[upper.digest for upper in blobs[number:]],
-            size=blobs[number].size,
-            media_type=blobs[number].media_type,
-            annotations=blobs[number].annotations or {},
-        )
+        labels = image.layer_labels(number, chain_id)
         parent = await _bring(engine, image, blobs[number], diff_id, parent, labels)
         found = (await engine.snapshotter.stat(parent)).labels
         result = LayerResult(
