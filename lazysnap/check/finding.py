@@ -68,6 +68,20 @@ def warning(summary: str, detail: str = "", hint: str = "", fix: Fix | None = No
     return Finding(Level.WARNING, summary, detail, hint, fix=fix)
 
 
+UNTOLD_HINT = "run this as root; what other findings and the kernel log (dmesg) say may explain it"
+"""What to do when something could not be looked at, if nobody knows better."""
+
+
+def untold(why: object, hint: str | None = "") -> Finding:
+    """Something that could not be looked at.
+
+    Args:
+        why: an error, or words.
+        hint: what to do, if that is known.
+    """
+    return warning(f"cannot be told: {why}", hint=hint or UNTOLD_HINT)
+
+
 def failure(summary: str, detail: str = "", hint: str = "", fix: Fix | None = None) -> Finding:
     """Something that does not work."""
     return Finding(Level.FAILURE, summary, detail, hint, fix=fix)

@@ -39,17 +39,22 @@ async def test_a_probe_that_fails_is_a_finding_and_stops_no_other(tmp_path: Path
     def forbidden(_: Context) -> list[Finding]:
         raise PermissionError(13, "Permission denied", "/x")
 
-    looks = {"a": crash, "b": crash_in_a_nursery, "c": refuse, "d": forbidden, "e": _nothing}
+    def fail(_: Context) -> list[Finding]:
+        raise OSError(5, "Input/output error", "/x")
+
+    looks = {"a": crash, "b": crash_in_a_nursery, "c": refuse, "d": forbidden, "e": fail}
+    looks["f"] = _nothing
     probes = [Probe(name, f"title of {name}", look) for name, look in looks.items()]
     found = await run(context(tmp_path), probes)
     assert [finding.id for finding in found] == list(looks)
-    assert [finding.level for finding in found] == [Level.WARNING] * 4 + [Level.OK]
+    assert [finding.level for finding in found] == [Level.WARNING] * 5 + [Level.OK]
     assert "KeyError" in found[0].summary
     assert "test_running.py" in found[0].detail
     assert "disk is gone" in found[2].summary
     assert found[2].hint == "buy one"
     assert "root" in found[3].hint
-    assert found[4].summary == "title of e"
+    assert "dmesg" in found[4].hint
+    assert found[5].summary == "title of f"
 
 
 async def test_a_probe_that_hangs_is_left_behind(tmp_path: Path) -> None:
