@@ -253,7 +253,8 @@ def _read_resident(fd: int, offset: int, buffer: memoryview) -> bool:
 def _read_on(fd: int, size: int, offset: int) -> bytes:
     """In a thread: read from the disk, and have the kernel fetch what a sequential reader wants next.
 
-    By itself it would not: reads with RWF_NOWAIT, as all that follow are if they can, start nothing.
+    By itself it reads only a little ahead (`read_ahead_kb` of the disk), also for reads with RWF_NOWAIT,
+    as all that follow are if they can (seen on Linux 6.18). Each that comes too early needs a thread again.
     """
     data = os.pread(fd, size, offset)
     if size >= _LARGE_READ:
