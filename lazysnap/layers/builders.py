@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that build indexes, seen from the daemon: started when needed, ended when idle."""
+"""The processes that build indexes, seen from the daemon: a few, ended when they are idle.
+
+Of layers that wait for one, the largest comes first: an image is not there before its largest layer is, and
+the others can be built beside it.
+"""
 
 from __future__ import annotations
 
+import heapq
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -22,6 +29,16 @@ _KEPT_NODES = 10_000
 _IDLE_SECONDS = 20.0
 _END_SECONDS = 5.0
 _MOST_ANSWER = 1 << 20
+# So that the largest layer finds one while another layer is built.
+_READY = 2
+
+
+class _Idle(NamedTuple):
+    """A process that waits for a job, since when, and whether it has done others."""
+
+    process: trio.Process
+    since: float
+    used: bool
 
 
 class Builders:
@@ -30,20 +47,26 @@ class Builders:
     Args:
         limit: how many there may be at once.
         seconds: after which one is killed.
+        kept: how many that have built nothing yet are kept ready, by `run`. One takes 13 MB, and a tenth
+            of a second to start, or much longer if Python must be read from the disk.
 
     Attributes:
         command: how one is started.
     """
 
-    def __init__(self, limit: int, *, seconds: float = _BUILD_SECONDS) -> None:
+    def __init__(self, limit: int, *, seconds: float = _BUILD_SECONDS, kept: int = 0) -> None:
         self.seconds = seconds
         self.command = [sys.executable, "-P", "-m", "lazysnap.layers.builder"]
-        self._limit = trio.CapacityLimiter(limit)
-        self._idle: list[tuple[trio.Process, float]] = []
+        self._limit = limit
+        self._kept = kept
+        self._running = 0
+        self._waiting: list[tuple[int, int, trio.Event]] = []
+        self._numbers = count()
+        self._idle: list[_Idle] = []
         self._expected = trio.Event()
 
     def expect(self) -> None:
-        """Something will have to be built soon: have a process start meanwhile, if `run` runs."""
+        """Something will have to be built soon: have processes start meanwhile, if `run` runs."""
         self._expected.set()
 
     async def build(self, job: Job, tail: bytes) -> Answer:
@@ -56,7 +79,7 @@ class Builders:
         Raises:
             LazysnapError: the layer cannot be used; `reason` says why.
         """
-        async with self._limit, self._process() as process:
+        async with self._turn(len(tail)), self._process() as process:
             answer = None
             with trio.move_on_after(self.seconds) as scope:
                 answer = await _ask(process, job, tail)
@@ -76,11 +99,41 @@ class Builders:
         return answer
 
     @asynccontextmanager
+    async def _turn(self, size: int) -> AsyncIterator[None]:
+        """A few at a time; of those that wait, the one with the greatest size first."""
+        if self._running < self._limit:
+            self._running += 1
+        else:
+            turn = trio.Event()
+            waiting = (-size, next(self._numbers), turn)
+            heapq.heappush(self._waiting, waiting)
+            try:
+                await turn.wait()
+            except BaseException:
+                if turn.is_set():
+                    self._pass_on()
+                else:
+                    self._waiting.remove(waiting)
+                    heapq.heapify(self._waiting)
+                raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """End of a turn, which the next one has now."""
+        if self._waiting:
+            heapq.heappop(self._waiting)[2].set()
+        else:
+            self._running -= 1
+
+    @asynccontextmanager
     async def _process(self) -> AsyncIterator[trio.Process]:
         """A process for one job; kept for the next one if it is still well afterwards."""
         process = None
         while self._idle and process is None:
-            process, _ = self._idle.pop()
+            process = self._idle.pop().process
             if process.poll() is not None:
                 await _end(process)  # it died while it was idle
                 process = None
@@ -92,7 +145,7 @@ class Builders:
             done = True
         finally:
             if done and process.poll() is None:
-                self._idle.append((process, trio.current_time()))
+                self._idle.append(_Idle(process, trio.current_time(), used=True))
             else:
                 with trio.CancelScope(shield=True):
                     await _end(process)
@@ -116,27 +169,34 @@ class Builders:
         """
         try:
             while True:
+                await self._get_ready(self._kept)
                 with trio.move_on_after(_IDLE_SECONDS / 4):
                     await self._expected.wait()
                 if self._expected.is_set():
                     self._expected = trio.Event()
-                    await self._get_ready()
-                before = trio.current_time() - _IDLE_SECONDS
-                while self._idle and self._idle[0][1] < before:
-                    await _end(self._idle.pop(0)[0])
+                    await self._get_ready(_READY)
+                await self._end_idle()
         finally:
             with trio.CancelScope(shield=True):
                 while self._idle:
-                    await _end(self._idle.pop()[0])
+                    await _end(self._idle.pop().process)
 
-    async def _get_ready(self) -> None:
-        if len(self._idle) + self._limit.borrowed_tokens < self._limit.total_tokens:
+    async def _get_ready(self, wanted: int) -> None:
+        while len(self._idle) + self._running < min(self._limit, wanted):
             try:
                 process = await self._start()
             except Internal as error:  # who needs it will say so
                 _log.debug("no builder started ahead", error=error)
-            else:
-                self._idle.append((process, trio.current_time()))
+                return
+            self._idle.append(_Idle(process, trio.current_time(), used=False))
+
+    async def _end_idle(self) -> None:
+        before = trio.current_time() - _IDLE_SECONDS
+        fresh = [each for each in self._idle if not each.used]
+        kept = fresh[: self._kept]
+        for each in [each for each in self._idle if each.since < before and each not in kept]:
+            self._idle.remove(each)
+            await _end(each.process)
 
 
 async def _end(process: trio.Process) -> None:

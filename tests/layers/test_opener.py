@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from lazysnap import oci
 from lazysnap.cache import Cache
 from lazysnap.digest import Digest
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError, NotLazy
+from lazysnap.layers.builder import Job
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher
@@ -298,7 +300,7 @@ async def test_a_builder_that_died_idle_is_replaced(bench: Bench) -> None:
         layer = layers.estargz([layers.file("f", b"%d" % n)])
         bench.add(layer)
         await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
-        for process, _ in list(bench.builders._idle):
+        for process, *_ in list(bench.builders._idle):
             process.kill()
             await process.wait()
 
@@ -311,11 +313,55 @@ async def test_builders_start_ahead_and_not_too_many(bench: Bench) -> None:
         while not bench.builders._idle:
             await trio.sleep(0.01)
     assert len(bench.builders._idle) <= 2
-    waiting = {process.pid for process, _ in bench.builders._idle}
+    waiting = {process.pid for process, *_ in bench.builders._idle}
     layer = layers.estargz(ENTRIES)
     bench.add(layer)
     await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
-    assert waiting & {process.pid for process, _ in bench.builders._idle}
+    assert waiting & {process.pid for process, *_ in bench.builders._idle}
+
+
+async def test_one_is_kept_that_has_built_nothing(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lazysnap.layers.builders._IDLE_SECONDS", 0.1)
+    builders = Builders(2, kept=1)
+    nursery.start_soon(builders.run)
+    layer = layers.estargz(ENTRIES)
+    job = Job(path=str(tmp_path / "index"), blob_size=layer.size, annotations=layer.annotations)
+
+    async def until_kept() -> int:
+        with trio.fail_after(120):
+            while [each.used for each in builders._idle] != [False]:
+                await trio.sleep(0.01)
+        return builders._idle[0].process.pid
+
+    first = await until_kept()
+    await builders.build(job, layer.blob)
+    assert [each.process.pid for each in builders._idle if each.used] == [first]
+    assert await until_kept() != first
+
+
+async def test_the_largest_that_waits_comes_first(nursery: trio.Nursery) -> None:
+    builders = Builders(1)
+    order: list[int] = []
+    scopes: dict[int, trio.CancelScope] = {}
+
+    async def take(size: int) -> None:
+        with trio.CancelScope() as scopes[size]:
+            async with builders._turn(size):
+                order.append(size)
+
+    async with builders._turn(0):
+        for size in (1, 3, 2, 4):
+            nursery.start_soon(take, size)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes[3].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert order == []
+        scopes[4].cancel()  # and before it hears of that, its turn comes
+    await trio.testing.wait_all_tasks_blocked()
+    assert order == [2, 1]
+    assert (builders._running, builders._waiting) == (0, [])
 
 
 async def test_a_bomb_is_refused_in_time(bench: Bench) -> None:
