@@ -20,6 +20,7 @@ import enum
 import os.path
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.fetch import Plan
@@ -33,6 +34,10 @@ _SMALL_FILE = 4 << 20
 _NEAR = 1 << 20
 _DIRECTORY = 6 << 20
 _PACKAGE = 12 << 20
+# Files that are looked at for one guess, however many a directory has: nobody is served meanwhile.
+_NEAR_MOST = 1024
+_CHILDREN_MOST = 2048
+_BELOW_MOST = 8192
 _MISSES_IN_FILE = 2
 _MISSES_IN_DIRECTORY = 2
 # A gap in the blob that is smaller than this is fetched too: its bytes cost less than another request.
@@ -106,13 +111,24 @@ class Guesser:
         self._directories[directory] = misses
         if misses > _MISSES_IN_DIRECTORY:
             return
-        kind = _kind(self._index.name(node))
-        alike = (child for _, name, child in self._index.children(directory) if _kind(name) == kind)
+        index = self._index
+        kind = _kind(index.name(node))
         if misses == 1:
-            near = sorted(alike, key=lambda child: abs(child - node))
+            near = (other for other in self._near(node) if _kind(index.name(other)) == kind)
             self._plan(Guess.DIRECTORY, self._small(near, _NEAR))
         else:
+            children = islice(index.children(directory), _CHILDREN_MOST)
+            alike = (child for _, name, child in children if _kind(name) == kind)
             self._plan(Guess.DIRECTORY, self._small(alike, _DIRECTORY))
+
+    def _near(self, node: int) -> Iterator[int]:
+        """A file and its neighbours by name, the nearest first; their numbers follow each other."""
+        directory = self._index.parent(node)
+        yield node
+        for distance in range(1, _NEAR_MOST // 2):
+            for other in (node - distance, node + distance):
+                if 0 < other < self._index.node_count and self._index.parent(other) == directory:
+                    yield other
 
     def _missed_in_package(self, directory: int, node: int) -> None:
         package = self._package(directory)
@@ -137,8 +153,10 @@ class Guesser:
     def _below(self, top: int, kinds: tuple[bytes, ...]) -> Iterator[int]:
         """The files of some kinds in a tree, but for tests; the nearest to its top first."""
         directories = [top]
+        left = _BELOW_MOST
         for directory in directories:
-            for _, name, child in self._index.children(directory):
+            for _, name, child in islice(self._index.children(directory), left):
+                left -= 1
                 if stat.S_ISDIR(self._index.attributes(child).mode):
                     if name not in _TESTS:
                         directories.append(child)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.fetch import Plan
-from lazysnap.layers.members import of_file
 
 # Different files that are waited for, near each other, until that is a walk.
 _STEPS = 8
@@ -76,12 +75,13 @@ class Walks:
         Args:
             node: of the file.
         """
-        members = list(of_file(self._index, node))
-        if node == self._node or not members:
+        if node == self._node:
+            return
+        ends = self._ends(node)
+        if ends is None:
             return
         self._node = node
-        begin = self._index.member(members[0]).blob_offset
-        end = self._index.member(members[-1]).blob_end
+        begin, end = ends
         fair = max(int(self._bandwidth() * _NEAR_SECONDS), _LEAST)
         walk = self._near(begin, end, min(fair, _STRIDE_MOST))
         walk.steps += 1
@@ -98,6 +98,22 @@ class Walks:
             # Half of it is left to get more.
             walk.ahead = min(walk.ahead * 2, _AHEAD_MOST)
             self._fetch(walk, walk.high, max(walk.high, end) + walk.ahead)
+
+    def _ends(self, node: int) -> tuple[int, int] | None:
+        """Where in the blob a file begins and ends; without a look at all of its chunks."""
+        content = self._index.file(node)
+        numbers = range(content.first_chunk, content.first_chunk + content.chunk_count)
+        members = [
+            next((m for m in map(self._member, some) if m >= 0), -1)
+            for some in (numbers, reversed(numbers))
+        ]
+        if -1 in members:
+            return None
+        first, last = map(self._index.member, members)
+        return first.blob_offset, last.blob_end
+
+    def _member(self, chunk: int) -> int:
+        return self._index.chunk(chunk).member
 
     def _near(self, begin: int, end: int, stride: int) -> _Walk:
         """The walk that a file is near of, or a new one."""

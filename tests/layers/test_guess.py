@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lazysnap.layers.fetch import Plan
 from lazysnap.layers.guess import Guesser
 from lazysnap.layers.members import filled, of_file
-from tests.support.indexes import index_of, resolve
+from tests.support.indexes import counting, index_of, resolve
 from tests.support.layers import Entry, directory, estargz, file
 
 _PADDING = 100_000
@@ -75,6 +75,19 @@ def test_the_nearest_are_guessed_first_and_more_when_more_is_needed() -> None:
     assert guesses.take() == names
     guesses.missed(names[1], names[2])
     assert guesses.take() == []
+
+
+def test_not_all_of_a_huge_directory_is_looked_at() -> None:
+    """Readers of all layers would have to wait meanwhile."""
+    count = 30_000
+    names = ["d/__init__.py", *(f"d/{n:05}.py" for n in range(count))]
+    index = counting(estargz([file(name, b"%d" % n) for n, name in enumerate(names)]))
+    plans: list[Plan] = []
+    guesser = Guesser(index, plans.append)
+    for number in (count // 2, count // 2 + 10):
+        guesser.missed(resolve(index, names[number]))
+    assert len(plans) == 3
+    assert index.looks < 40_000
 
 
 def test_nothing_is_guessed_from_what_a_profile_names() -> None:

@@ -11,7 +11,7 @@ import pytest
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.fetch import Plan
 from lazysnap.layers.walk import Walks
-from tests.support.indexes import index_of, resolve
+from tests.support.indexes import counting, index_of, resolve
 from tests.support.layers import estargz, file
 
 _SIZE = 40_000
@@ -68,6 +68,13 @@ def test_many_parts_of_one_file_are_no_walk(index: LayerIndex) -> None:
     followed = Followed(index)
     followed.wait_for([3] * 100)
     assert not followed.fetched
+
+
+def test_not_all_chunks_of_a_huge_file_are_looked_at() -> None:
+    data = random.Random(1).randbytes(4 << 20)
+    counted = counting(estargz([file("large", data)], chunk_size=1 << 10))
+    Walks(counted, lambda plan: None, lambda: 0.0).missed(resolve(counted, "large"))
+    assert counted.looks < 10
 
 
 def test_files_far_from_each_other_are_no_walk(index: LayerIndex) -> None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from lazysnap.formats.identify import FOOTER_SIZE, identify, inflate_payload
 from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_toc
 from lazysnap.index.codec import LayerIndex, build, encode
+from lazysnap.index.model import Chunk
 from tests.support.layers import Layer
 
 
@@ -22,6 +24,30 @@ def toc_of(layer: Layer, *, trust: bool = False) -> VerifiedToc:
 def index_of(layer: Layer, *, trust: bool = False) -> LayerIndex:
     """The index of a layer."""
     return LayerIndex(encode(build(toc_of(layer, trust=trust))))
+
+
+class Counting(LayerIndex):
+    """An index that counts how often it is asked: the files and the chunks that somebody looks at."""
+
+    looks = 0
+
+    def chunk(self, number: int) -> Chunk:
+        self.looks += 1
+        return super().chunk(number)
+
+    def name(self, node: int) -> bytes:
+        self.looks += 1
+        return super().name(node)
+
+    def children(self, node: int, start: int = 0) -> Iterator[tuple[int, bytes, int]]:
+        for child in super().children(node, start):
+            self.looks += 1
+            yield child
+
+
+def counting(layer: Layer) -> Counting:
+    """The index of a layer, which counts."""
+    return Counting(encode(build(toc_of(layer))))
 
 
 def resolve(index: LayerIndex, path: str) -> int:
