@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import sdnotify
@@ -21,7 +21,7 @@ from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError, NotFound
 from lazysnap.layers.builders import Builders
-from lazysnap.layers.opener import Opener
+from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.pull.delegated import Delegated
 from lazysnap.registry.client import Registry
@@ -29,12 +29,13 @@ from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import write_settings
 from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.direct import Streams
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.shard_layers import ShardLayers
 from lazysnap.snapshotter.showing import Showing
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.streams import Streams
+from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers
@@ -173,7 +174,12 @@ async def _answers(snapshotter: Snapshotter) -> None:
 def _streams(config: Config, registry: Registry) -> Streams | None:
     if config.snapshots.eager == "containerd":
         return None
-    return Streams(registry, Appliers(os.cpu_count() or 1))
+
+    def maybe(annotations: Mapping[str, str]) -> bool:
+        unverified = config.lazy.allow_unverified
+        return config.lazy.enabled and may_be_lazy(annotations, allow_unverified=unverified)
+
+    return Streams(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
 
 
 class Reload:

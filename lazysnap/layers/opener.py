@@ -227,6 +227,16 @@ class Opener:
         return os.path.join(self._directory, name)
 
 
+def may_be_lazy(annotations: Mapping[str, str], *, allow_unverified: bool) -> bool:
+    """Whether a layer's descriptor leaves it possible that the layer is opened.
+
+    Args:
+        annotations: all of its annotations.
+        allow_unverified: as for `Opener`.
+    """
+    return allow_unverified or bool(_promised(annotations))
+
+
 def _promised(annotations: Mapping[str, str]) -> str:
     """What the annotations promise for the table of contents, as one text.
 

@@ -12,23 +12,22 @@ What this cannot do is left to others: it never fails a pull.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 
 import trio
 
 from lazysnap import log, oci
 from lazysnap.containerd.snapshots import Snapshots
-from lazysnap.errors import Internal, LazysnapError
+from lazysnap.errors import LazysnapError
 from lazysnap.pull.download import Downloads
 from lazysnap.pull.local import LocalLayer, is_empty, job_for
-from lazysnap.unpack.applier import Whiteouts, inherit
+from lazysnap.unpack.applier import Whiteouts
+from lazysnap.unpack.aside import bring
 from lazysnap.unpack.process import Job
 from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
 _CLEANUP_SECONDS = 10.0
-_OPAQUE = "trusted.overlay.opaque"
 
 
 class StagedLayer:
@@ -56,8 +55,13 @@ class StagedLayer:
         return diff_id
 
     def _move(self) -> None:
-        move(self._local.target, self._job.target)
-        inherit(self._job.target, self._job.lowers, self._local.left_out, Whiteouts.TRUSTED)
+        bring(
+            self._local.target,
+            self._job.target,
+            lowers=self._job.lowers,
+            left_out=self._local.left_out,
+            whiteouts=Whiteouts.TRUSTED,
+        )
 
     def spoiled(self) -> bool:
         """Whether something is in its place that may not be all of the layer."""
@@ -145,24 +149,3 @@ class Staging:
             for key in self._keys:
                 with contextlib.suppress(LazysnapError):
                     await self._snapshots.remove(key)
-
-
-def move(source: str, target: str) -> None:
-    """Rename everything in a directory into another one, its overlay mark included.
-
-    Args:
-        source: empty afterwards.
-        target: an empty directory of the same file system.
-
-    Raises:
-        Internal: the system refused; some of it may be there.
-    """
-    try:
-        with contextlib.suppress(OSError):  # it has none
-            os.setxattr(target, _OPAQUE, os.getxattr(source, _OPAQUE))
-        for name in os.listdir(os.fsencode(source)):
-            os.rename(
-                os.path.join(os.fsencode(source), name), os.path.join(os.fsencode(target), name)
-            )
-    except OSError as error:
-        raise Internal(f"{source} cannot be moved to {target}: {error.strerror}") from error

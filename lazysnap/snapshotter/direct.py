@@ -10,103 +10,30 @@ snapshot, which the client fills: it is never an error of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from contextlib import AbstractContextManager
 
 import trio
 
 from lazysnap import log, mounts, oci
 from lazysnap.digest import Digest
-from lazysnap.errors import AlreadyExists, DigestMismatch, LazysnapError, NotFound, NotLazy
-from lazysnap.labels import REASON, SNAPSHOT_REF, parse_remote_request
+from lazysnap.errors import AlreadyExists, DigestMismatch, LazysnapError, NotFound
+from lazysnap.labels import REASON, SNAPSHOT_REF
 from lazysnap.overlay import Kind
-from lazysnap.reference import Reference
-from lazysnap.registry.client import Registry
 from lazysnap.snapshotter import trees
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.locks import KeyLocks, Turn
+from lazysnap.snapshotter.streams import Layer, Streams
+from lazysnap.snapshotter.unpack_ahead import Image, UnpackAhead
 from lazysnap.store.records import Lineage
 from lazysnap.store.snapshots import SnapshotStore
-from lazysnap.unpack.process import Answer, Job
-from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
-_KINDS = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
 _REGISTRY_FAILS = frozenset(
     {"registry-error", "registry-unreachable", "not-in-registry", "unauthorized"}
 )
 """Why a layer is not lazy, when asking the registry again would only take time."""
-
-
-class Layer(NamedTuple):
-    """A layer of which all is known that is needed to get it."""
-
-    reference: Reference
-    digest: Digest
-    size: int
-
-
-class Streams:
-    """Gets layers from registries and unpacks them.
-
-    Args:
-        registry: client for manifests and blobs.
-        appliers: processes that unpack.
-    """
-
-    def __init__(self, registry: Registry, appliers: Appliers) -> None:
-        self._registry = registry
-        self._appliers = appliers
-
-    async def find(self, labels: Mapping[str, str]) -> Layer:
-        """The layer that labels ask for.
-
-        Raises:
-            NotLazy: they do not tell, or it is none that can be unpacked here.
-            LazysnapError: its manifest cannot be had.
-        """
-        request = parse_remote_request(labels)
-        if request is None:
-            raise NotLazy("the labels name no layer", reason="no-image-labels")
-        reference = Reference.parse(request.reference)
-        size, media_type = request.layer_size, request.media_type
-        if size is None or media_type is None:
-            if request.manifest_digest is None:
-                raise NotLazy("the labels name no manifest", reason="no-image-labels")
-            _, data = await self._registry.manifest(reference, request.manifest_digest)
-            blob = oci.parse_manifest(data).layer(request.layer_digest)
-            size, media_type = blob.size, blob.media_type
-        if oci.layer_kind(media_type) not in _KINDS:
-            raise NotLazy(f"a layer of type {media_type} is left to containerd", reason="encrypted")
-        return Layer(reference, request.layer_digest, size)
-
-    async def unpack(self, layer: Layer, target: str, lowers: list[str]) -> Answer:
-        """Get a layer and unpack it.
-
-        Args:
-            layer: which one.
-            target: an empty directory.
-            lowers: directories of the layers below, nearest first.
-
-        Raises:
-            LazysnapError: it failed.
-        """
-        user_namespace = mounts.overlay_facts().user_namespace
-        disk = os.statvfs(target)
-        job = Job(
-            target=target,
-            size=layer.size,
-            digest=str(layer.digest),
-            whiteouts="user" if user_namespace else "trusted",
-            lowers=lowers,
-            devices=not user_namespace,
-            most_bytes=disk.f_bavail * disk.f_frsize,
-        )
-        stream = self._registry.stream_blob(layer.reference, layer.digest, layer.size)
-        async with stream as blob:
-            return await self._appliers.apply(job, blob)
 
 
 class DirectLayers:
@@ -138,9 +65,31 @@ class DirectLayers:
         self._streams = streams
         self._sync = sync
         self._names = KeyLocks()
+        self._ahead = UnpackAhead(directories, house, streams)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Unpack layers also before they are asked for, from now on.
+
+        Args:
+            nursery: where that is done.
+        """
+        self._ahead.start(nursery)
+
+    def client(self, labels: Mapping[str, str]) -> AbstractContextManager[Image]:
+        """A client asks for a layer and waits in the body, in whatever way that is got.
+
+        Args:
+            labels: of its request.
+        """
+        return self._ahead.client(labels)
 
     async def prepare(
-        self, parent: str, below: Lineage | None, labels: Mapping[str, str], reason: str
+        self,
+        parent: str,
+        below: Lineage | None,
+        labels: Mapping[str, str],
+        reason: str,
+        image: Image,
     ) -> None:
         """Try to make a committed snapshot of a layer; returns if it is not possible.
 
@@ -149,6 +98,7 @@ class DirectLayers:
             below: the same, as it is in the database.
             labels: of the request.
             reason: why the layer is not lazy.
+            image: from `client`.
 
         Raises:
             AlreadyExists: it is there now.
@@ -164,7 +114,8 @@ class DirectLayers:
             try:
                 found = await self._in_turn(self._store.lineage, name)
             except NotFound:
-                await self._make(name, parent, below, {**labels, REASON: reason}, chain)
+                labels = {**labels, REASON: reason}
+                await self._make(name, parent, below, labels, chain, image)
                 return
             snapshot = found.snapshot
             if (
@@ -182,7 +133,9 @@ class DirectLayers:
         below: Lineage | None,
         labels: Mapping[str, str],
         chain: str,
+        image: Image,
     ) -> None:
+        self._ahead.begin(image, labels)
         numbers = () if below is None else (below.snapshot.id, *below.ancestors)
         parent_id = numbers[0] if numbers else None
         with self._house.building() as directory:
@@ -194,7 +147,10 @@ class DirectLayers:
                 layer = await self._streams.find(labels)
                 target = await trio.to_thread.run_sync(build)
                 lowers = [self._dirs.fs(number) for number in numbers]
-                answer = await self._streams.unpack(layer, target, lowers)
+                answer = await self._ahead.take(image, layer, target, lowers)
+                ahead = answer is not None
+                if answer is None:
+                    answer = await self._streams.unpack(layer, target, lowers)
                 _check_chain(layer, chain, answer.diff_id, labels[SNAPSHOT_REF])
                 if self._sync:
                     await trio.to_thread.run_sync(mounts.sync_filesystem, target)
@@ -219,7 +175,13 @@ class DirectLayers:
             _log.warning(
                 "xattrs of a layer were left out", layer=layer.digest, xattrs=answer.examples
             )
-        _log.info("a layer is unpacked", name=name, entries=answer.entries, bytes=answer.size)
+        _log.info(
+            "a layer is unpacked",
+            name=name,
+            entries=answer.entries,
+            bytes=answer.size,
+            ahead=ahead,
+        )
         raise AlreadyExists(f"snapshot {name!r} is ready")
 
 

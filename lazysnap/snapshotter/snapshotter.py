@@ -23,12 +23,13 @@ from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
 from lazysnap.snapshotter import trees
-from lazysnap.snapshotter.direct import DirectLayers, Streams
+from lazysnap.snapshotter.direct import DirectLayers
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.lazy import LazySnapshots
 from lazysnap.snapshotter.locks import KeyLocks, Turn
 from lazysnap.snapshotter.remote import RemoteLayers
+from lazysnap.snapshotter.streams import Streams
 from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -106,6 +107,8 @@ class Snapshotter:
             _log.error("the directory of a snapshot is missing", snapshot=number)
         await self._lazy.restore()
         await nursery.start(self._house.run)
+        if self._direct is not None:
+            self._direct.start(nursery)
 
     async def aclose(self) -> None:
         """Stop background work. Snapshots and their mounts stay as they are."""
@@ -136,14 +139,7 @@ class Snapshotter:
             # what only we may say
             labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE, EAGER)}
             if SNAPSHOT_REF in labels and (self._lazy.enabled or self._direct is not None):
-                below = await self._below_new(key, parent)
-                if self._direct is not None:
-                    labels[EAGER] = "direct"
-                reason = "lazy-off"
-                if self._lazy.enabled:
-                    reason = await self._lazy.prepare(parent, below, labels)
-                if self._direct is not None:
-                    await self._direct.prepare(parent, below, labels, reason)
+                labels[REASON] = reason = await self._without_client(key, parent, labels)
                 _log.info(
                     "layer will be downloaded and unpacked",
                     remote_snapshot_prepared="false",
@@ -151,7 +147,6 @@ class Snapshotter:
                     key=key,
                     parent=parent,
                 )
-                labels[REASON] = reason
                 counts.add(families.FALLBACKS, reason)
             return await self._create(Kind.ACTIVE, key, parent, labels)
 
@@ -321,6 +316,19 @@ class Snapshotter:
             await trio.to_thread.run_sync(build)
             number = await self._in_turn(place)
         return self._mounts(kind, number, lower)
+
+    async def _without_client(self, key: str, parent: str, labels: dict[str, str]) -> str:
+        """Try to bring a layer here without the client; returns why it is not lazy if that fails."""
+        below = await self._below_new(key, parent)
+        if self._direct is None:
+            return await self._lazy.prepare(parent, below, labels)
+        labels[EAGER] = "direct"
+        with self._direct.client(labels) as image:
+            reason = "lazy-off"
+            if self._lazy.enabled:
+                reason = await self._lazy.prepare(parent, below, labels)
+            await self._direct.prepare(parent, below, labels, reason, image)
+            return reason
 
     async def _below_new(self, key: str, parent: str) -> Lineage | None:
         """The parent of a snapshot to be made; raises what making it would raise."""

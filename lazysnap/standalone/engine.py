@@ -22,12 +22,12 @@ from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
 from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.direct import Streams
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.shard_layers import ShardLayers
 from lazysnap.snapshotter.showing import Showing
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.streams import Streams
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers

@@ -207,13 +207,18 @@ def _run(
     )
 
 
-def _form(options: Options) -> Tree.Form:
-    same_owner = os.geteuid() == 0 if options.same_owner is None else options.same_owner
-    opaque = {
+def opaque_mark(whiteouts: Whiteouts) -> bytes:
+    """The xattr that marks opaque directories; empty if files are removed instead."""
+    return {
         Whiteouts.TRUSTED: b"trusted.overlay.opaque",
         Whiteouts.USER: b"user.overlay.opaque",
         Whiteouts.REMOVE: b"",
-    }[options.whiteouts]
+    }[whiteouts]
+
+
+def _form(options: Options) -> Tree.Form:
+    same_owner = os.geteuid() == 0 if options.same_owner is None else options.same_owner
+    opaque = opaque_mark(options.whiteouts)
     return Tree.Form(opaque, same_owner, options.devices, options.root_entry, options.alone)
 
 

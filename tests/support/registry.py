@@ -153,6 +153,17 @@ class Break(Fault):
 
 
 @dataclass
+class Hold(Fault):
+    """Answer as usual, but not before this is set.
+
+    Attributes:
+        until: an event of trio's.
+    """
+
+    until: trio.Event
+
+
+@dataclass
 class Ranges(Fault):
     """Treat Range otherwise.
 
@@ -306,6 +317,8 @@ class FaultyRegistry:
     async def _answer(self, request: Request, stream: _Stream) -> bool:
         """Send one answer; False to end the connection."""
         fault = self._fault(request)
+        if isinstance(fault, Hold):
+            await fault.until.wait()
         if isinstance(fault, Status):
             reply = _Reply(fault.status, dict(fault.headers), fault.body)
         else:

@@ -16,18 +16,17 @@ import zstandard
 
 from tests.support import images, layers, tree
 from tests.support.stack import SNAPSHOTTER, Stack, stack, wait_until
-from tests.support.views import make_view
+from tests.unpack.direct import CONFIG, left_over, seen
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
 _EXPECTED = "hello from the top layer\nlazysnap test image\n"
-_DIRECT = '[snapshots]\neager = "direct"\n'
-_SECONDS = 60
+_SECONDS = 120
 
 
 @pytest.fixture
 def it(tmp_path: Path) -> Iterator[Stack]:
-    with stack(tmp_path, config=_DIRECT) as it:
+    with stack(tmp_path, config=CONFIG) as it:
         yield it
 
 
@@ -48,11 +47,6 @@ def _run(it: Stack, reference: str) -> None:
     assert "No such file" in output
 
 
-def _left_over(it: Stack) -> list[str]:
-    names = os.listdir(it.lazysnap.root / "snapshots")
-    return [name for name in names if not name.isdecimal()]
-
-
 @pytest.mark.parametrize(
     "forms", [["plain"] * 3, ["estargz", "plain", "plain"], ["plain", "zstd", "plain"]]
 )
@@ -68,36 +62,18 @@ def test_an_image_runs_and_containerd_has_no_layer(it: Stack, forms: list[str]) 
     assert [each["state"] for each in again["layers"]] == [
         "present" if form == "plain" else "lazy" for form in forms
     ]
-    wait_until(lambda: not _left_over(it), _SECONDS)
+    wait_until(lambda: not left_over(it), _SECONDS)
 
 
 def test_the_tree_is_that_of_overlayfs(it: Stack, tmp_path: Path) -> None:
     reference = it.push_busybox("image", ["plain"] * 3, os.urandom(1 << 20))
     it.pull(reference)
     it.pull(reference, snapshotter="overlayfs")
-    found = []
-    for snapshotter in (SNAPSHOTTER, "overlayfs"):
-        (top,) = _tops(it, snapshotter)
-        target = tmp_path / f"m-{snapshotter}"
-        target.mkdir()
-        key = f"view-{snapshotter}"
-        make_view(it.containerd.address, snapshotter, key, top)
-        mount = it.containerd.ctr(
-            "snapshots", "--snapshotter", snapshotter, "mounts", str(target), key
-        )
-        assert os.system(mount) == 0
-        found.append(tree.read_tree(str(target)))
-        assert os.system(f"umount {target}") == 0
+    found = [seen(it, name, tmp_path / f"m-{name}") for name in (SNAPSHOTTER, "overlayfs")]
     found_root = [each.pop(b".") for each in found]
     assert [root["mode"] for root in found_root] == ["0755", "0755"]
     assert tree.differences(*found) == [], tree.report(tree.differences(*found))
     assert len(found[0]) > 50
-
-
-def _tops(it: Stack, snapshotter: str) -> list[str]:
-    known = it.containerd.snapshots(snapshotter)
-    parents = {parent for parent, _ in known.values()}
-    return [key for key in known if key not in parents]
 
 
 def test_containers_survive_a_restart_and_removal_frees_everything(it: Stack) -> None:
@@ -124,7 +100,7 @@ def test_a_layer_of_another_diff_id_is_refused_as_by_containerd(it: Stack) -> No
     with pytest.raises(RuntimeError, match="unpacks to"):
         it.pull(reference)
     assert "which makes" in it.lazysnap.log()
-    wait_until(lambda: not _left_over(it), _SECONDS)
+    wait_until(lambda: not left_over(it), _SECONDS)
 
 
 def test_what_cannot_be_unpacked_here_is_left_to_containerd(it: Stack) -> None:
@@ -137,7 +113,7 @@ def test_what_cannot_be_unpacked_here_is_left_to_containerd(it: Stack) -> None:
     log = it.lazysnap.log()
     assert "a layer is left to containerd" in log
     assert "No such file" in log
-    wait_until(lambda: not _left_over(it), _SECONDS)
+    wait_until(lambda: not left_over(it), _SECONDS)
 
 
 def test_layers_of_other_compressions(it: Stack) -> None:

@@ -24,8 +24,8 @@ from lazysnap.errors import AlreadyExists, Internal
 from lazysnap.labels import SNAPSHOT_REF
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
-from lazysnap.snapshotter.direct import Layer, Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.streams import Layer, Streams
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
 from lazysnap.unpack.process import Answer, Job
@@ -57,7 +57,9 @@ class _Local(Streams):
         tar = self.tars[labels[SNAPSHOT_REF]]
         return Layer(Reference.parse("localhost/x:y"), digest(tar), len(tar))
 
-    async def unpack(self, layer: Layer, target: str, lowers: list[str]) -> Answer:
+    async def unpack(
+        self, layer: Layer, target: str, lowers: list[str], *, alone: bool = False
+    ) -> Answer:
         (tar,) = (tar for tar in self.tars.values() if digest(tar) == layer.digest)
         job = Job(target=target, size=len(tar), digest=str(layer.digest), lowers=lowers)
 
