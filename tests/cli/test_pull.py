@@ -17,7 +17,7 @@ import trio
 from tests.pull.conftest import serve
 from tests.support.containerd import PrivateContainerd, private_containerd
 from tests.support.images import busybox_layers, write_layout
-from tests.support.registry import Break, FaultyRegistry, faulty_registry
+from tests.support.registry import Break, FaultyRegistry, Hold, faulty_registry
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
@@ -95,6 +95,33 @@ async def test_a_signal_leaves_nothing(
     assert daemon.ingests() == []
     assert daemon.images() == {}
     assert daemon.contents() == {}
+
+
+async def test_what_a_killed_pull_has_staged_goes_with_its_lease(
+    tmp_path: Path, daemon: PrivateContainerd, server: FaultyRegistry
+) -> None:
+    """Upper layers are unpacked into snapshots that only the lease keeps."""
+    layout = write_layout(tmp_path / "image", busybox_layers(b"payload"))
+    reference = serve(server, layout)
+    server.faults.append(Hold(trio.Event(), path=layout.layers[0].digest))
+    root = daemon.directory / "root/io.containerd.snapshotter.v1.overlayfs/snapshots"
+    command = [*LAZYSNAP, "pull", reference.name, *options(daemon)]
+    process = await trio.lowlevel.open_process(command)
+    try:
+        with trio.fail_after(120):
+            while not (list(root.glob("*/fs/etc/motd")) and list(root.glob("*/fs/data/payload"))):
+                await trio.sleep(0.02)
+    finally:
+        process.kill()
+        await process.wait()
+    staged = [key for key in daemon.snapshots() if " staged " in key]
+    assert len(staged) == 2
+    (lease,) = daemon.leases()
+    await trio.to_thread.run_sync(daemon.ctr, "leases", "rm", "--sync", lease)
+    assert daemon.snapshots() == {}
+    with trio.fail_after(120):
+        while any(root.iterdir()):
+            await trio.sleep(0.02)
 
 
 async def test_errors_are_messages_with_hints(tmp_path: Path, server: FaultyRegistry) -> None:
