@@ -62,6 +62,14 @@ def _readers(scene: Scene, image: Built) -> Values:
     return {"before [MB]": before, "peak [MB]": max(peaks), "after [MB]": scene.memory()}
 
 
+def _four(scene: Scene, image: Built) -> Values:
+    with _peak(scene) as peaks:
+        scene.pull(image)
+        with scene.mounted(image) as root:
+            seconds("tree", root, 4)
+    return {"peak [MB]": max(peaks), "after [MB]": scene.memory()}
+
+
 @contextmanager
 def _peak(scene: Scene) -> Iterator[list[float]]:
     """Measure memory again and again in the background."""
@@ -82,9 +90,11 @@ def _peak(scene: Scene) -> Iterator[list[float]]:
 
 
 _FORMS = ("plain", "esgz")
+_PY = partial(catalogue.build, "py-full", _FORMS)
 _measure = partial(Measure, lazy_only=True)
 MEASURES = [
-    _measure("memory-rest", "memory", partial(catalogue.build, "py-full", _FORMS), _rest),
+    _measure("memory-rest", "memory", _PY, _rest),
     _measure("memory-files", "memory, 100,000 files", partial(odd.built, "many", _FORMS), _files),
+    _measure("memory-four", "memory, all of py by 4 readers", _PY, _four),
     _measure("memory-readers", "memory, 1 GiB by 4 readers", partial(big.build, _FORMS), _readers),
 ]
