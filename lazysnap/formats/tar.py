@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
+import zlib
 from typing import NamedTuple
 
 from lazysnap.errors import FormatError
@@ -100,12 +101,15 @@ def parse_header(block: bytes) -> Header | None:
 
 
 def _check_sum(block: bytes, claimed: int) -> None:
-    total = sum(block) - sum(block[148:156]) + 8 * 32
+    # The lower half of adler32 is the sum of the bytes plus 1, exactly so for up to 256 of them, and takes
+    # a tenth of the time.
+    low, high = zlib.adler32(block[:256]) & 0xFFFF, zlib.adler32(block[256:]) & 0xFFFF
+    total = low + high - 2 - sum(block[148:156]) + 8 * 32
     if total == claimed:
         return
     # some old writers added signed bytes
-    high = sum(byte >= 128 for byte in block[:148] + block[156:])
-    if total - 256 * high != claimed:
+    negative = sum(byte >= 128 for byte in block[:148] + block[156:])
+    if total - 256 * negative != claimed:
         raise FormatError("not a tar header: its checksum is wrong")
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from lazysnap.unpack.process import LENGTH, Answer, Job
 
 _END_SECONDS = 5.0
 _MOST_ANSWER = 1 << 20
+_PIPE_BYTES = 1 << 20
+"""Between the daemon and a process; the usual 64 KiB make both wait for each other too often."""
 
 
 class Appliers:
@@ -84,8 +88,10 @@ async def _ask(process: trio.Process, job: Job, blob: AsyncIterable[bytes]) -> A
     """Send a job and its blob and get the answer; None if the process ends instead."""
     answer: Answer | None = None
     failure: errors.LazysnapError | None = None
-    assert process.stdin is not None
+    assert isinstance(process.stdin, trio.lowlevel.FdStream)
     assert process.stdout is not None
+    with contextlib.suppress(OSError):  # a user may have only so many
+        fcntl.fcntl(process.stdin.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     async with trio.open_nursery() as nursery:
 
         async def receive() -> None:

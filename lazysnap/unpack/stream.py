@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import zstandard
@@ -113,12 +113,20 @@ class TarStream:
             raise FormatError("the tar is cut off")
         return b"".join(parts)
 
-    def pieces(self, size: int) -> Iterator[memoryview]:
+    def pieces(self, size: int) -> Iterable[memoryview]:
         """Exactly `size` bytes, in pieces as they come.
 
         Raises:
             FormatError: the tar ends within them.
         """
+        buffer = self._buffer
+        if size <= len(buffer):  # so with most files, and quicker than by generators
+            self._buffer = buffer[size:]
+            self.position += size
+            return (buffer[:size],)
+        return self._long(size)
+
+    def _long(self, size: int) -> Iterator[memoryview]:
         left = size
         for part in self._parts(size):
             left -= len(part)
@@ -140,10 +148,6 @@ class TarStream:
         Raises:
             FormatError: the tar ends within them.
         """
-        if size <= len(self._buffer):
-            self._buffer = self._buffer[size:]
-            self.position += size
-            return
         for _ in self.pieces(size):
             pass
 
@@ -171,11 +175,18 @@ class TarStream:
 
     def _produce(self) -> None:
         try:
-            for piece in _decompressed(self._blob):
+            pieces = _decompressed(self._blob)
+            own: Any = self._hash
+            blob_hash = self._blob.hash
+            if pieces is self._blob and blob_hash is not None and blob_hash.name == own.name:
+                # The blob of an uncompressed layer is its tar: the same bytes are not hashed twice.
+                self._hash, own = blob_hash, None
+            for piece in pieces:
                 self._size += len(piece)
                 if self._limit is not None and self._size > self._limit:
                     self._too_big()
-                self._hash.update(piece)
+                if own is not None:
+                    own.update(piece)
                 if self._stopped:
                     break
                 self._queue.put(piece)
@@ -192,12 +203,16 @@ class TarStream:
 
 
 class _Blob:
-    """Reads the compressed bytes and hashes them on the way."""
+    """Reads the compressed bytes and hashes them on the way.
+
+    Attributes:
+        hash: hashlib object over all that was read; None if there is nothing to compare it with.
+    """
 
     def __init__(self, source: Source, digest: Digest | None) -> None:
         self._source = source
         self._expected = digest
-        self._hash: Any = digest.hasher() if digest else None
+        self.hash: Any = digest.hasher() if digest else None
         self._pushed_back = b""
 
     def read(self, size: int = _READ) -> bytes:
@@ -208,9 +223,13 @@ class _Blob:
             data = self._source.read(size)
         except OSError as error:
             raise Internal(f"its bytes cannot be read: {error.strerror or error}") from error
-        if self._hash is not None:
-            self._hash.update(data)
+        if self.hash is not None:
+            self.hash.update(data)
         return data
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All bytes, as they come."""
+        return iter(self.read, b"")
 
     def start(self, size: int) -> bytes:
         """The first bytes, which are handed out again."""
@@ -226,18 +245,18 @@ class _Blob:
 
     def check(self) -> None:
         if self._expected is not None:
-            found = Digest.from_hash(self._hash)
+            found = Digest.from_hash(self.hash)
             if found != self._expected:
                 raise DigestMismatch(f"the bytes that came have the digest {found}")
 
 
-def _decompressed(blob: _Blob) -> Iterator[bytes]:
+def _decompressed(blob: _Blob) -> Iterable[bytes]:
     head = blob.start(4)
     if head.startswith(gzip.MAGIC):
         return _inflated(blob)
     if head == zstd.MAGIC or int.from_bytes(head, "little") >> 4 == _SKIPPABLE:
         return _zstd(blob)
-    return iter(blob.read, b"")
+    return blob
 
 
 def _inflated(blob: _Blob) -> Iterator[bytes]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -29,7 +30,7 @@ from lazysnap.unpack.applier import Options, Whiteouts, apply
 from lazysnap.unpack.root import empty
 from tests.support.filesystems import tmpfs
 from tests.support.odd import Entry, file, folder, hardlink, opaque, symlink, whiteout
-from tests.unpack.corpus import END, compressed, digest, pack, pax, raw, unpack
+from tests.unpack.corpus import END, Short, compressed, digest, pack, pax, raw, unpack
 
 _ESCAPES: dict[str, list[Entry]] = {
     "dots": [file("../../outside/f"), file("a/../../outside/g"), file("/../outside/h")],
@@ -194,14 +195,21 @@ def test_damaged_streams(how: str, damage: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("which", ["digest", "diff_id"])
-def test_another_layer_is_refused(which: str, tmp_path: Path) -> None:
-    tar = pack([file("f", b"x")])
-    right = {"digest": digest(tar), "diff_id": digest(tar)}
-    with pytest.raises(DigestMismatch):
-        apply(io.BytesIO(tar), str(tmp_path), **(right | {which: Digest.of(b"other")}))
-    assert list(tmp_path.iterdir()) == []
-    apply(io.BytesIO(tar), str(tmp_path), **right)
+@pytest.mark.parametrize("how", ["none", "gzip"])
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_another_layer_is_refused(how: str, algorithm: str, tmp_path: Path) -> None:
+    tar = pack([file("a", b"data" * 5000)])
+    blob = compressed(tar, how)
+    right = Digest(f"{algorithm}:{hashlib.new(algorithm, blob).hexdigest()}")
+    wrong = Digest(f"{algorithm}:{hashlib.new(algorithm, blob + b'x').hexdigest()}")
+    target = tmp_path / "t"
+    target.mkdir()
+    with pytest.raises(DigestMismatch, match="the bytes that came"):
+        apply(Short(blob), str(target), digest=wrong, diff_id=digest(tar))
+    with pytest.raises(DigestMismatch, match="unpacks to"):
+        apply(Short(blob), str(target), digest=right, diff_id=digest(b"another"))
+    assert os.listdir(target) == []
+    assert apply(Short(blob), str(target), digest=right).diff_id == digest(tar)
 
 
 def test_what_follows_the_tar_counts_for_its_digest(tmp_path: Path) -> None:
