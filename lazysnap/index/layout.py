@@ -63,6 +63,7 @@ NUMBER = struct.Struct("<I")
 KEYS = struct.Struct("<32s32s")  # object key, partial key
 # node, member (NO_MEMBER: zeros), file offset, size, inner offset, 1 if there is a digest, digest
 CHUNK = struct.Struct("<IIQQIB3x32s")
+CHUNK_MEMBER = struct.Struct("<4xI56x")  # of a chunk, the member alone
 NO_MEMBER = 2**32 - 1
 FILE_OFFSET_AT = 8
 U64 = struct.Struct("<Q")

@@ -128,9 +128,7 @@ class Contents:
         found = self._open.get(key)
         if isinstance(found, Parts):
             return found
-        holes = [
-            i for i in range(content.chunk_count) if index.chunk(content.first_chunk + i).member < 0
-        ]
+        holes = index.holes(content)
         try:
             file = PartialFile(self.cache.partial, key, content.size, content.chunk_count, holes)
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -101,6 +102,12 @@ def test_zstd_chunked_by_containers(size: int) -> None:
     zeros = [n for n in range(index.chunk_count) if index.chunk(n).member < 0]
     assert all(index.chunk(n).digest is None for n in zeros)
     assert zeros
+    found = []
+    for node in range(index.node_count):
+        if stat.S_ISREG(index.attributes(node).mode):
+            content = index.file(node)
+            found += [content.first_chunk + hole for hole in index.holes(content)]
+    assert sorted(set(found)) == zeros
 
 
 NAMES = st.sampled_from(["a", "b", "ü", "c d", "Z", "x" * 150])
