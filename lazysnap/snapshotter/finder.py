@@ -70,7 +70,7 @@ class ProfileFinder:
         self._looked: OrderedDict[Digest, tuple[float, trio.Event]] = OrderedDict()
 
     async def look(self, reference: Reference, manifest: Digest) -> None:
-        """Look for a profile, and store what is found; never raises a LazysnapError."""
+        """Look for a profile, and store what is found; what fails is logged."""
         now = trio.current_time()
         if not self._enabled or self._looked.get(manifest, (float("-inf"),))[0] > now:
             return
@@ -84,6 +84,8 @@ class ProfileFinder:
                     await self._take(reference, manifest)
         except LazysnapError as error:
             _log.info("no profile from the registry", manifest=manifest, error=error)
+        except Exception:  # advice must not end the daemon
+            _log.exception("no profile from the registry", manifest=manifest)
         finally:
             done.set()
 
