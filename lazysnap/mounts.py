@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from lazysnap import fusermount
 from lazysnap.errors import Internal
 
 MS_RDONLY = 1
@@ -79,16 +80,19 @@ class OverlayFacts:
         supported: the kernel knows the file system, or can load it.
         index: it has the `index` feature.
         user_namespace: this process runs in a user namespace of its own.
+        privileged: attributes `trusted.*` and devices are for this process: it is root, and not only of
+            a user namespace.
     """
 
     supported: bool
     index: bool
     user_namespace: bool
+    privileged: bool
 
     @property
     def opaque_xattr(self) -> bytes:
         """The attribute by which overlay marks opaque directories here."""
-        return b"user.overlay.opaque" if self.user_namespace else b"trusted.overlay.opaque"
+        return b"trusted.overlay.opaque" if self.privileged else b"user.overlay.opaque"
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
@@ -143,7 +147,7 @@ def bind(source: str, target: str, *, read_only: bool = False) -> None:
 
 
 def unmount(target: str, *, lazy: bool = True) -> bool:
-    """umount2(2) of the topmost mount at a path.
+    """umount2(2) of the topmost mount at a path; for ordinary users, fusermount3(1).
 
     Args:
         target: the mount point.
@@ -162,6 +166,11 @@ def unmount(target: str, *, lazy: bool = True) -> bool:
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOENT):
         return False
+    if code == errno.EPERM and os.geteuid() != 0:
+        if mounted_at(target) is None:
+            return False
+        fusermount.unmount(target, lazy=lazy)
+        return True
     raise Internal(f"cannot unmount {target}: {os.strerror(code)}", reason="unmount-failed")
 
 
@@ -270,6 +279,7 @@ def overlay_facts() -> OverlayFacts:
         supported=known or loadable,
         index=os.path.exists("/sys/module/overlay/parameters/index"),
         user_namespace=user_namespace,
+        privileged=os.geteuid() == 0 and not user_namespace,
     )
 
 

@@ -33,7 +33,7 @@ from lazysnap.standalone.root import default_root
     "--root",
     type=click.Path(),
     help="Directory of all state and the cache, not the one of lazysnap serve."
-    " [default: /var/lib/lazysnap-standalone]",
+    " [default: /var/lib/lazysnap-standalone, of ordinary users $XDG_DATA_HOME/lazysnap]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Log to standard error.")

@@ -23,6 +23,7 @@ import os
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import time
 import traceback
@@ -76,9 +77,11 @@ def _mount(mountpoint: str, *, writable: bool) -> Handshake:
     _unmount(mountpoint)
     os.makedirs(mountpoint, mode=0o755, exist_ok=True)
     operations = Handshake()
-    # libfuse would add nosuid and nodev, which a bind mount of the tree would inherit.
-    options = {"fsname=lazysnap", "subtype=lazysnap", "allow_other", "default_permissions"}
-    options |= {"suid", "dev", "rw" if writable else "ro"}
+    options = {"fsname=lazysnap", "subtype=lazysnap", "default_permissions"}
+    options.add("rw" if writable else "ro")
+    if os.geteuid() == 0:  # for others, libfuse asks fusermount3, which refuses these
+        # libfuse would add nosuid and nodev, which a bind mount of the tree would inherit.
+        options |= {"allow_other", "suid", "dev"}
     pyfuse3.init(operations, mountpoint, options)
     trio.run(_answer_init, operations)
     return operations
@@ -88,6 +91,11 @@ def _unmount(mountpoint: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     while libc.umount2(os.fsencode(mountpoint), _MNT_DETACH) == 0:
         pass
+    if ctypes.get_errno() == errno.EPERM and os.geteuid() != 0:
+        command = ["fusermount3", "-u", "-z", "-q", "--", mountpoint]
+        with contextlib.suppress(OSError):
+            while subprocess.run(command, check=False).returncode == 0:
+                pass
 
 
 def _tune(mountpoint: str, max_background: int, read_ahead_kib: int) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import trio
 
 from lazysnap.errors import Internal
+from lazysnap.index.model import Attributes
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.recorder import Recorder
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
+from lazysnap.owners import Owners, possible_owners
 
 _TIDY_SECONDS = 10.0
 
@@ -38,6 +40,26 @@ class MountedLayer(LayerView):
         self.base = record.slot << 32 | 1
 
 
+class OwnedLayer(MountedLayer):
+    """A layer where not all users and groups are there that its files belong to.
+
+    Args:
+        record: as above.
+        reader: as above.
+        owners: those that are there.
+    """
+
+    def __init__(self, record: SlotRecord, reader: LayerReader, owners: Owners) -> None:
+        super().__init__(record, reader)
+        self._owners = owners
+
+    def attributes(self, node: int) -> Attributes:
+        """Attributes of a node, with an owner that is there."""
+        attributes = super().attributes(node)
+        uid, gid = self._owners.of(attributes.uid, attributes.gid)
+        return attributes._replace(uid=uid, gid=gid)
+
+
 class MountedLayers:
     """All layers of a shard.
 
@@ -53,6 +75,7 @@ class MountedLayers:
         self.root = root
         self.shard = shard
         self._make_reader = make_reader
+        self._owners = possible_owners()
         self._by_slot: dict[int, MountedLayer] = {}
         self._readers: dict[str, LayerReader] = {}
         self._loading: dict[int, trio.Lock] = {}
@@ -101,6 +124,8 @@ class MountedLayers:
             reader = self._readers.get(record.index)
             if reader is None:
                 reader = self._readers[record.index] = self._make_reader(record, index)
+        if self._owners is not None:
+            return OwnedLayer(record, reader, self._owners)
         return MountedLayer(record, reader)
 
     def forget(self, slot: int) -> None:

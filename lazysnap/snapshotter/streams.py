@@ -54,8 +54,8 @@ class Streams:
         self._appliers = appliers
         self._may_be_lazy = may_be_lazy
         self._manifests: dict[Digest, oci.Manifest] = {}
-        user_namespace = mounts.overlay_facts().user_namespace
-        self.whiteouts = Whiteouts.USER if user_namespace else Whiteouts.TRUSTED
+        privileged = mounts.overlay_facts().privileged
+        self.whiteouts = Whiteouts.TRUSTED if privileged else Whiteouts.USER
 
     async def find(self, labels: Mapping[str, str]) -> Layer:
         """The layer that labels ask for.

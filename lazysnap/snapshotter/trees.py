@@ -90,6 +90,9 @@ def remove(path: str, check: Callable[[], object] = lambda: None) -> None:
             if os.fstat(fd).st_dev != device:
                 raise Internal(f"will not delete {path}: something is mounted below it")
 
+            if os.geteuid() != 0:  # images have directories that their owner may not write to
+                os.fchmod(fd, 0o700)
+
         def file(fd: int, entry: os.DirEntry[str]) -> None:
             os.unlink(entry.name, dir_fd=fd)
 

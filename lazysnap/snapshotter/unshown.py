@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place of `Showing`, for layers that are not mounted one by one.
-
-Whoever uses them finds them on their shard by name (see `lazysnap.shard.names`) and puts them together
-as it likes: nobody here knows what will be below a layer.
-"""
+"""In place of `Showing`, for layers that are not mounted one by one."""
 
 from __future__ import annotations
 
@@ -12,10 +8,14 @@ from collections.abc import Container, Sequence
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.shard.settings import serve_xattrs_everywhere
 from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.supervisor import Supervisor
 
 
 class Unshown:
     """Mounts nothing.
+
+    Whoever uses layers finds them on their shard by name (see `lazysnap.shard.names`) and puts them
+    together as it likes: nobody here knows what will be below a layer.
 
     Args:
         root: lazysnap's root directory; all its shards serve extended attributes from now on.
@@ -50,3 +50,26 @@ class Unshown:
     def missing(self, attached: Sequence[Attached]) -> int:
         """None of them."""
         return 0
+
+
+class Unbound(Unshown):
+    """For who may mount nothing but FUSE: overlay gets the directories of shards.
+
+    Args:
+        supervisor: of the shards.
+    """
+
+    knows_below = True
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        super().__init__(supervisor.root)
+        self._supervisor = supervisor
+
+    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
+        """The directories that overlay is to have; see `RemoteLayers`."""
+        return [
+            layer.directory
+            if layer.attachment is None
+            else self._supervisor.directory(layer.attachment.shard, layer.attachment.slot)
+            for layer in layers
+        ]

@@ -28,6 +28,7 @@ from lazysnap.snapshotter.shard_layers import ShardLayers
 from lazysnap.snapshotter.showing import Showing
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.streams import Streams
+from lazysnap.snapshotter.unshown import Unbound
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers
@@ -142,8 +143,13 @@ def _layers(
     nursery: trio.Nursery,
     find_profiles: bool,
 ) -> ShardLayers:
-    showing = Showing(cache, supervisor, kernel_trees=True)
-    opener = Opener(cache.index, registry, builders, trees=cache.trees if showing.composing else "")
+    showing: Showing | Unbound
+    if os.geteuid() == 0:
+        showing = Showing(cache, supervisor, kernel_trees=True)
+        trees = cache.trees if showing.composing else ""
+    else:
+        showing, trees = Unbound(supervisor), ""
+    opener = Opener(cache.index, registry, builders, trees=trees)
     finder = ProfileFinder(root, registry, enabled=find_profiles)
     return ShardLayers(
         root,

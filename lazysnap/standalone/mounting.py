@@ -15,24 +15,22 @@ from functools import partial
 
 import trio
 
-from lazysnap import fsconfig, log, mounts
+from lazysnap import log, mounts
 from lazysnap.errors import AlreadyExists, FailedPrecondition, Internal, InvalidArgument
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.registry.image import Image
-from lazysnap.standalone import engine
+from lazysnap.standalone import combining, engine
 from lazysnap.standalone import root as roots
 from lazysnap.standalone.engine import Engine
-from lazysnap.standalone.image import Composition, LayerResult, bring, composition
+from lazysnap.standalone.image import LayerResult, bring, composition
 from lazysnap.standalone.processes import namespace, namespace_is_in_use
 from lazysnap.standalone.records import Record, forget_unused, new_source, records
 from lazysnap.standalone.teardown import EMPTY, take_down
 from lazysnap.store.snapshots import SnapshotStore
 
 _log = log.get(__name__)
-# mount(2) takes a page, with the byte that ends it.
-_MOST_DATA = 4095
 _BUSY_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 
@@ -85,6 +83,7 @@ async def mount(
     """
     roots.check_mounting()
     roots.check_fuse()
+    combining.check()
     _check_mountpoint(root, request.mountpoint)
     hosts = frozenset({request.reference.host} if request.plain_http else ())
     settings = engine.registry_settings(hosts)
@@ -137,36 +136,8 @@ async def _mount(
     shown = composition(await make(record.key, top, record.labels()))
     os.makedirs(os.path.join(root, EMPTY), mode=0o755, exist_ok=True)
     _check_mountpoint(root, request.mountpoint)
-    await trio.to_thread.run_sync(_show, root, shown, source, request.mountpoint)
+    await trio.to_thread.run_sync(combining.show, root, shown, source, request.mountpoint)
     return Mounted(record, layers)
-
-
-def _show(root: str, shown: Composition, source: str, target: str) -> None:
-    """Mount in one step: nobody sees the image without the restrictions.
-
-    Programs of an image run with no more rights than who runs them, and its devices cannot be opened:
-    the mount point can be in the reach of other users.
-    """
-    flags = mounts.MS_NOSUID | mounts.MS_NODEV
-    lower = list(shown.lower)
-    if not shown.upper:
-        flags |= mounts.MS_RDONLY
-        # Overlay wants two at least. It is used for one, too, as only it hides whiteouts.
-        lower.append(os.path.join(root, EMPTY))
-    upper = [("upperdir", shown.upper), ("workdir", shown.work)] if shown.upper else []
-    joined = [f"lowerdir={':'.join(lower)}", *(f"{key}={value}" for key, value in upper)]
-    data = ",".join([*joined, *shown.options])
-    if len(os.fsencode(data)) <= _MOST_DATA:
-        mounts.mount(source, target, "overlay", flags, data)
-        return
-    options = (option.partition("=") for option in shown.options)
-    settings = [
-        *(("lowerdir+", path) for path in lower),
-        *upper,
-        *((key, value or "on") for key, _, value in options),
-        ("source", source),
-    ]
-    fsconfig.mount_overlay(settings, target, flags)
 
 
 async def unmount(root: str, mountpoint: str, *, lazy: bool) -> bool:

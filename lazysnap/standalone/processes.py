@@ -7,16 +7,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+COMBINER = "fuse-overlayfs"
+"""What puts layers together for ordinary users."""
 
-def shard_processes(root: str) -> Iterator[tuple[int, int]]:
-    """Process ids and descriptors of shards; one is closed when the next is asked for.
+
+def serving_processes(root: str) -> Iterator[tuple[int, int]]:
+    """Process ids and descriptors of what serves mounts; one is closed when the next is asked for.
 
     Keepers that are about to start have their command line, and no lock yet that would show them.
 
     Args:
-        root: as shards were started with.
+        root: as they were started with.
     """
-    wanted = {b"lazysnap.shard.keeper", os.fsencode(root)}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -25,13 +27,22 @@ def shard_processes(root: str) -> Iterator[tuple[int, int]]:
         except OSError:
             continue
         try:
-            words: set[bytes] = set()
+            words: list[bytes] = []
             with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
-                words = set(file.read().split(b"\0"))
-            if wanted <= words:
+                words = file.read().split(b"\0")
+            if _is_shard(words, os.fsencode(root)) or _combines(words, os.fsencode(root)):
                 yield int(name), process
         finally:
             os.close(process)
+
+
+def _is_shard(words: list[bytes], root: bytes) -> bool:
+    return b"lazysnap.shard.keeper" in words and root in words
+
+
+def _combines(words: list[bytes], root: bytes) -> bool:
+    """Whether a command line is that of a fuse-overlayfs of our layers."""
+    return words[:1] == [COMBINER.encode()] and any(root + b"/" in word for word in words)
 
 
 def namespace() -> str:
@@ -47,11 +58,11 @@ def namespace_is_in_use(name: str, root: str) -> bool:
 
     Args:
         name: of the namespace.
-        root: whose shards do not count, as they would keep it for ever.
+        root: what serves its mounts does not count, as that would keep it for ever.
     """
-    shards = {pid for pid, _ in shard_processes(root)}
+    serving = {pid for pid, _ in serving_processes(root)}
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) not in shards:
+        if entry.isdigit() and int(entry) not in serving:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{entry}/ns/mnt") == name:
                     return True

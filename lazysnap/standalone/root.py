@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from lazysnap import log, mounts
+from lazysnap import fusermount, log, mounts
 from lazysnap.errors import ConfigError, FailedPrecondition
 
 _log = log.get(__name__)
@@ -25,23 +25,25 @@ _NS_GET_USERNS = 0xB701
 
 
 def default_root() -> str:
-    """`/var/lib/lazysnap-standalone`; for root of a user namespace, a directory of that user."""
-    if os.geteuid() == 0 and not mounts.overlay_facts().user_namespace:
+    """`/var/lib/lazysnap-standalone`; for ordinary users, also in a user namespace, one of their own."""
+    if mounts.overlay_facts().privileged:
         return _SYSTEM
     home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return os.path.join(os.path.abspath(home), "lazysnap-standalone")
+    return os.path.join(os.path.abspath(home), "lazysnap")
 
 
 def check_mounting() -> None:
-    """See that this process may mount at all.
+    """See that this process may mount and unmount, by itself or by fusermount3.
 
     Raises:
         FailedPrecondition: it may not; the hint says what is missing.
     """
-    if os.geteuid() != 0 or not _owns_mounts():
+    if os.geteuid() != 0:
+        fusermount.check()
+    elif not _owns_mounts():
         raise FailedPrecondition(
-            "mounting takes root, or a user namespace with mounts of its own",
-            hint="as an ordinary user: unshare --user --map-root-user --mount, and there again",
+            "this user namespace has no mounts of its own",
+            hint="unshare --user --map-root-user --mount makes one that has",
         )
 
 
@@ -56,7 +58,7 @@ def check_fuse() -> None:
     except OSError as error:
         raise FailedPrecondition(
             f"/dev/fuse cannot be used: {error.strerror}",
-            hint="load the kernel module fuse, give a container the device, or a user its permission",
+            hint="modprobe fuse; chmod 666 /dev/fuse, as udev does; give a container the device",
         ) from error
 
 

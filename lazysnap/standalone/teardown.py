@@ -18,7 +18,7 @@ import trio
 from lazysnap import log, mounts
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.snapshotter import trees
-from lazysnap.standalone.processes import shard_processes
+from lazysnap.standalone.processes import serving_processes
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -62,9 +62,9 @@ def _unmount_views(root: str) -> None:
 
 
 def _end_processes(root: str) -> int:
-    """Kill what is left of shards; how many processes there were."""
+    """Kill what still serves; how many processes there were."""
     found = 0
-    for _, process in shard_processes(root):
+    for _, process in serving_processes(root):
         found += 1
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)

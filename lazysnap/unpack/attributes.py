@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from lazysnap.errors import FormatError
+from lazysnap.owners import possible_owners
 from lazysnap.unpack.entries import Entry
 from lazysnap.unpack.root import Directory, show
 
@@ -28,7 +29,7 @@ class Attributes:
     """Sets attributes.
 
     Args:
-        same_owner: give files to the owner that the tar says.
+        same_owner: give files to the owner that the tar says, if there is that owner here.
         refused: prefixes of xattrs that are never set.
 
     Attributes:
@@ -42,11 +43,16 @@ class Attributes:
         self.examples: list[str] = []
         self.same_owner = same_owner
         self._refused = refused
+        self._owners = possible_owners()
+
+    def owner(self, uid: int, gid: int) -> tuple[int, int]:
+        """Who is to own what the tar says is of a user and a group."""
+        return (uid, gid) if self._owners is None else self._owners.of(uid, gid)
 
     def of_file(self, fd: int, entry: Entry) -> None:
         """Of a regular file that is open."""
         if self.same_owner:
-            os.chown(fd, entry.uid, entry.gid)
+            os.chown(fd, *self.owner(entry.uid, entry.gid))
         if entry.xattrs:
             self.xattrs(fd, entry.xattrs, stat.S_IFREG)
         os.chmod(fd, entry.mode)
@@ -55,7 +61,7 @@ class Attributes:
     def of_directory(self, fd: int, uid: int, gid: int, xattrs: Xattrs) -> None:
         """Of a directory that is open; mode and times come when all is in it."""
         if self.same_owner:
-            os.chown(fd, uid, gid)
+            os.chown(fd, *self.owner(uid, gid))
         self.xattrs(fd, xattrs, stat.S_IFDIR)
 
     def inherit(self, fd: int, lower: int) -> tuple[int, tuple[int, int]]:
@@ -77,7 +83,8 @@ class Attributes:
     def of_symlink(self, directory: Directory, name: bytes, entry: Entry) -> None:
         """Of a symbolic link, which has no mode."""
         if self.same_owner:
-            os.chown(name, entry.uid, entry.gid, dir_fd=directory.fd, follow_symlinks=False)
+            owner = self.owner(entry.uid, entry.gid)
+            os.chown(name, *owner, dir_fd=directory.fd, follow_symlinks=False)
         if entry.xattrs:
             path = b"/proc/self/fd/%d/%s" % (directory.fd, name)
             self.xattrs(path, entry.xattrs, stat.S_IFLNK)
@@ -113,8 +120,9 @@ class Attributes:
     def _through(self, fd: int, status: os.stat_result, entry: Entry) -> None:
         path = b"/proc/self/fd/%d" % fd
         # Not when it is the same: the capabilities, which few tars repeat with a link, would go.
-        if self.same_owner and (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
-            os.chown(path, entry.uid, entry.gid)
+        owner = self.owner(entry.uid, entry.gid)
+        if self.same_owner and (status.st_uid, status.st_gid) != owner:
+            os.chown(path, *owner)
         self.xattrs(path, entry.xattrs, stat.S_IFMT(status.st_mode), follow=True)
         os.chmod(path, entry.mode)
         os.utime(path, ns=(entry.atime_ns, entry.mtime_ns))

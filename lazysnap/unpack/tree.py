@@ -296,7 +296,8 @@ class Tree:
         except FileExistsError:
             return  # this layer has something of that name, which it does not hide
         if self.attributes.same_owner:
-            os.chown(hidden, entry.uid, entry.gid, dir_fd=directory.fd, follow_symlinks=False)
+            owner = self.attributes.owner(entry.uid, entry.gid)
+            os.chown(hidden, *owner, dir_fd=directory.fd, follow_symlinks=False)
 
     def _note_own(self, path: bytes) -> None:
         while path and path not in self._own:

@@ -31,6 +31,7 @@ _MAKERS = {
 # What may stay of a root: its database and lock, and what was fetched.
 _STAYS = {"metadata.db", "lock", "standalone", "cache", "profiles", "snapshots"}
 SECONDS = 300
+TOP = Path(__file__).parents[2]
 
 
 class Scene:
@@ -39,13 +40,16 @@ class Scene:
     Attributes:
         root: of the mounts.
         point: a mount point.
+        before: words that come before those of each command.
     """
+
+    before: Sequence[str] = ()
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.root = directory / "root"
         self.point = directory / "m"
-        self.point.mkdir()
+        self.point.mkdir(parents=True)
 
     def new_point(self) -> Path:
         """Another mount point."""
@@ -55,8 +59,20 @@ class Scene:
 
     def command(self, name: str, *arguments: object) -> list[str]:
         """The words of a command."""
-        words = [sys.executable, "-m", "lazysnap", name, "--root", str(self.root)]
+        words = [*self.before, sys.executable, "-m", "lazysnap", name, "--root", str(self.root)]
         return [*words, *(str(argument) for argument in arguments)]
+
+    def crash(self, step: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a command that is killed at a step, see `tests.standalone.crash`."""
+        words = self.command(*(str(argument) for argument in arguments))[len(self.before) + 3 :]
+        return subprocess.run(
+            [*self.before, sys.executable, "-m", "tests.standalone.crash", str(step), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=TOP,
+            timeout=SECONDS,
+        )
 
     def run(self, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, whatever becomes of it."""
@@ -84,7 +100,7 @@ class Scene:
         return bool(json.loads(done.stdout)["unmounted"])
 
     def processes(self) -> list[int]:
-        """All that have the root on their command line."""
+        """All that have the root, or what is in it, on their command line."""
         needle = os.fsencode(self.root)
         found = []
         for name in os.listdir("/proc"):
@@ -92,13 +108,26 @@ class Scene:
                 continue
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-                if needle in words and alive(int(name)):
+                if any(_leads_to(word, needle) for word in words) and alive(int(name)):
                     found.append(int(name))
         return found
 
+    def workers(self) -> list[int]:
+        """Those of them that are workers of shards."""
+        keepers = {int(path.read_text()) for path in (self.root / "shards").glob("*.lock")}
+        shards = []
+        for pid in self.processes():
+            if b"lazysnap.shard.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                shards.append(pid)
+        return [pid for pid in shards if pid not in keepers]
+
+    def mounts(self) -> list[str]:
+        """The mount points below the scene's directory."""
+        return mounts_below(self.directory)
+
     def assert_clean(self) -> None:
         """No mount, no process, no directory is left but the cache."""
-        assert mounts_below(self.directory) == []
+        assert self.mounts() == []
         assert self.processes() == []
         assert os.listdir(self.point) == []
         if self.root.exists():
@@ -109,9 +138,13 @@ class Scene:
             )
 
 
-def mounts_below(directory: Path) -> list[str]:
-    """The mount points below a directory."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+def _leads_to(word: bytes, root: bytes) -> bool:
+    return word == root or root + b"/" in word
+
+
+def mounts_below(directory: Path, process: int | str = "self") -> list[str]:
+    """The mount points below a directory, as a process has them."""
+    lines = Path(f"/proc/{process}/mountinfo").read_text().splitlines()
     return [line.split()[4] for line in lines if line.split()[4].startswith(f"{directory}/")]
 
 

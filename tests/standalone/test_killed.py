@@ -6,30 +6,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.standalone.scene import SECONDS, Scene, layout
+from tests.standalone.scene import Scene, layout
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.slow]
 
-_TOP = Path(__file__).parents[2]
 # More points with LAZYSNAP_EXHAUSTIVE=1: all.
 _POINTS = 12
-
-
-def _crash(it: Scene, step: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = it.command(*(str(argument) for argument in arguments))
-    return subprocess.run(
-        [sys.executable, "-m", "tests.standalone.crash", str(step), *command[3:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=_TOP,
-        timeout=SECONDS,
-    )
 
 
 def _steps(done: subprocess.CompletedProcess[str]) -> list[int]:
@@ -48,12 +33,12 @@ def test_mount_is_killed(it: Scene, option: str) -> None:
     payload = os.urandom(1_000_000)
     made = layout(it.directory / "layout", ["estargz", "plain", "zstd"], payload)
     arguments = ("mount", f"oci:{made.path}", it.point, *option.split())
-    steps = _steps(_crash(it, 0, *arguments))
+    steps = _steps(it.crash(0, *arguments))
     it.umount()
     it.assert_clean()
     killed = 0
     for step in steps:
-        done = _crash(it, step, *arguments)
+        done = it.crash(step, *arguments)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         killed += done.returncode != 0
         it.umount()
@@ -72,11 +57,11 @@ def test_mount_is_killed_beside_another(it: Scene) -> None:
     upper = layout(it.directory / "other", ["estargz", "estargz", "plain"], payload)
     point = it.new_point()
     arguments = ("mount", f"oci:{upper.path}", point)
-    steps = _steps(_crash(it, 0, *arguments))
+    steps = _steps(it.crash(0, *arguments))
     it.umount(point=point)
     it.mount(f"oci:{made.path}")
     for step in steps[:: 1 if os.environ.get("LAZYSNAP_EXHAUSTIVE") else 3]:
-        _crash(it, step, *arguments)
+        it.crash(step, *arguments)
         it.umount(point=point)
         assert os.listdir(point) == []
         assert (it.point / "data/hello").read_text() == "hello from the top layer\n"
@@ -89,9 +74,9 @@ def test_umount_is_killed(it: Scene) -> None:
     made = layout(it.directory / "layout", ["estargz", "plain", "zstd"], os.urandom(100_000))
     arguments = ("umount", it.point)
     it.mount(f"oci:{made.path}")
-    steps = _steps(_crash(it, 0, *arguments))
+    steps = _steps(it.crash(0, *arguments))
     for step in steps[::2]:
         it.mount(f"oci:{made.path}")
-        _crash(it, step, *arguments)
+        it.crash(step, *arguments)
         it.umount()
         it.assert_clean()
