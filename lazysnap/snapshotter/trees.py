@@ -90,9 +90,6 @@ def remove(path: str, check: Callable[[], object] = lambda: None) -> None:
             if os.fstat(fd).st_dev != device:
                 raise Internal(f"will not delete {path}: something is mounted below it")
 
-            if os.geteuid() != 0:  # images have directories that their owner may not write to
-                os.fchmod(fd, 0o700)
-
         def file(fd: int, entry: os.DirEntry[str]) -> None:
             os.unlink(entry.name, dir_fd=fd)
 
@@ -143,7 +140,7 @@ def _traverse(
             else:
                 if leave is not None:
                     stack.append((_Step.LEAVE, base, relative))
-                _enter(stack, base, relative, enter, file)
+                _enter(stack, base, relative, enter, file, removing=leave is not None)
     finally:
         for step, base, _ in stack:
             if step is _Step.CLOSE and base is not None:
@@ -156,8 +153,12 @@ def _enter(
     relative: str,
     enter: Callable[[int], None],
     file: Callable[[int, os.DirEntry[str]], None],
+    *,
+    removing: bool,
 ) -> None:
     """Go through the entries of one directory and put its subdirectories on the stack."""
+    if removing and os.geteuid() != 0:
+        _open_up(base, relative)
     fd = os.open(relative, _OPEN_DIRECTORY, dir_fd=base)
     keep = len(relative) > _MAX_RELATIVE
     try:
@@ -179,3 +180,12 @@ def _enter(
     else:
         os.close(fd)
         stack.extend((_Step.ENTER, base, f"{relative}/{name}") for name in subdirectories)
+
+
+def _open_up(base: int | None, relative: str) -> None:
+    """Let its owner into a directory: images have some that nobody but root may read or write to."""
+    fd = os.open(relative, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)

@@ -127,10 +127,25 @@ def test_debian(it: OrdinaryScene, server: Registry, form: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "esgz"])
-@pytest.mark.parametrize("name", ["whiteouts", "parents", "replaced", "modes"])
+@pytest.mark.parametrize("name", ["whiteouts", "parents", "replaced"])
 def test_odd_images(it: OrdinaryScene, server: Registry, name: str, form: str) -> None:
     image = odd.built(name, ["plain", "esgz"])
     _compare(it, f"{server.host}/{image.repository}:{form}")
+
+
+def test_what_the_user_may_not_read_goes_with_the_mount(
+    by_fuse: OrdinaryScene, server: Registry
+) -> None:
+    it = by_fuse
+    image = odd.built("modes", ["plain"])
+    found = it.mount(f"{server.host}/{image.repository}:plain", "--plain-http")
+    assert {layer["state"] for layer in found} == {"unpacked"}
+    closed = [
+        path for path in (it.root / "snapshots").rglob("*/") if not path.stat().st_mode & 0o700
+    ]
+    assert closed
+    assert it.umount()
+    it.assert_clean()
 
 
 # -- what ends in the middle ----------------------------------------------------------------------
