@@ -12,10 +12,13 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterable
 
 SOCKET = "/run/systemd/journal/socket"
 _MOST_NAME = 64
+# For so long who logs waits for a journald that is busy; for one that hangs everybody would wait for ever.
+_PATIENCE = struct.pack("@ll", 0, 500_000)  # struct timeval, see socket(7)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -56,6 +59,9 @@ class Journal:
     def __init__(self, path: str = SOCKET) -> None:
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _PATIENCE)
+        # Of the next call: not to wait again for what was waited for in vain.
+        self._flags = 0
 
     def close(self) -> None:
         """Release the socket."""
@@ -65,15 +71,21 @@ class Journal:
         """Store an entry.
 
         Raises:
+            BlockingIOError: journald hangs; the entry is lost.
             OSError: journald is not there, or does not take it.
         """
         data = entry(fields)
         try:
-            self._socket.sendto(data, self._path)
-        except OSError as error:
-            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
-                raise
-            self._send_file(data)
+            try:
+                self._socket.sendto(data, self._flags, self._path)
+            except OSError as error:
+                if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                    raise
+                self._send_file(data)
+        except BlockingIOError:
+            self._flags = socket.MSG_DONTWAIT
+            raise
+        self._flags = 0
 
     def _send_file(self, data: bytes) -> None:
         fd = os.memfd_create("lazysnap-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -82,6 +94,6 @@ class Journal:
                 file.write(data)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, "little"))
-            self._socket.sendmsg([], [rights], 0, self._path)
+            self._socket.sendmsg([], [rights], self._flags, self._path)
         finally:
             os.close(fd)

@@ -102,10 +102,17 @@ class _JournalHandler(logging.StreamHandler[Any]):
         super().__init__(sys.stderr)
         self.setFormatter(_Text())
         self._journal = journal.Journal(path)
+        self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._lost:
+                self._journal.send(self._entry(self._notice()))
+                self._lost = 0
             self._journal.send(self._entry(record))
+        except BlockingIOError:
+            # It hangs, and so would we, on standard error as well, which it reads too.
+            self._lost += 1
         except OSError:
             super().emit(record)
         except Exception:
@@ -114,6 +121,12 @@ class _JournalHandler(logging.StreamHandler[Any]):
     def close(self) -> None:
         self._journal.close()
         super().close()
+
+    def _notice(self) -> logging.LogRecord:
+        text = "journald did not take log entries, they are lost"
+        notice = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, None, None)
+        notice.__dict__["fields"] = {"lost": self._lost}
+        return notice
 
     @staticmethod
     def _entry(record: logging.LogRecord) -> list[tuple[str, str]]:

@@ -169,6 +169,30 @@ def test_without_journald_entries_go_to_standard_error(tmp_path: Path) -> None:
     assert line.endswith("cannot")
 
 
+def test_a_journald_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    body = """
+import socket
+hanging = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+hanging.bind(sys.argv[3])
+for number in range(5000):
+    LOG.info("said", number=number)
+LOG.info("large", text="x" * 3_000_000)
+hanging.setblocking(False)
+taken = 0
+try:
+    while hanging.recv(1 << 16):
+        taken += 1
+except BlockingIOError:
+    pass
+LOG.info("at last")
+lost, last = (hanging.recv(1 << 16).decode() for _ in range(2))
+assert f"lost={5001 - taken}\\n" in lost, (taken, lost)
+assert "MESSAGE=at last" in last
+"""
+    assert _logged(body, "info", "journal", path) == []
+
+
 def test_the_journal_is_chosen_when_it_reads_standard_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
