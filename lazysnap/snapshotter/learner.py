@@ -23,6 +23,7 @@ from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
 _CALL_SECONDS = 10.0
+_JUST_TOLD_SECONDS = 60.0
 
 
 class Learner:
@@ -42,6 +43,7 @@ class Learner:
         self._seconds = seconds
         self._watching: dict[str, trio.Event] = {}
         self._watched: set[str] = set()
+        self._told: dict[int, float] = {}  # when a shard was told what to fetch for a slot
 
     async def reads(self, record: SlotRecord) -> list[object]:
         """What the profile of a layer's image says of the layer, to be fetched ahead.
@@ -52,6 +54,9 @@ class Learner:
         profile = await self._find(record.manifest)
         if profile is None:
             return []
+        now = trio.current_time()
+        self._told = {s: t for s, t in self._told.items() if now - t < _JUST_TOLD_SECONDS}
+        self._told[record.slot] = now
         builtins: list[object] = msgspec.to_builtins(profile.layers.get(record.layer_digest, []))
         return builtins
 
@@ -101,8 +106,15 @@ class Learner:
             self._watched.add(manifest)
 
     async def _apply(self, profile: Profile, chain: Sequence[SlotRecord]) -> None:
-        """Fetch what a start needs of layers that came with other images, or were evicted."""
+        """Fetch what a start needs of layers that came with other images, or were evicted.
+
+        A start that follows the pull has its bytes on the way already. To have the shard look for each of
+        them again would only hold it up, while the container waits.
+        """
+        now = trio.current_time()
         for record in chain:
+            if now - self._told.pop(record.slot, float("-inf")) < _JUST_TOLD_SECONDS:
+                continue
             if reads := profile.layers.get(record.layer_digest):
                 packed = msgspec.to_builtins(reads)
                 await self._supervisor.call(

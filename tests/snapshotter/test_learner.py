@@ -128,6 +128,27 @@ async def test_a_known_profile_is_applied_and_not_learned_again(
     assert await learner.reads(_record(3)) == []
 
 
+async def test_what_was_told_with_the_layer_is_not_told_again_by_the_first_start(
+    tmp_path: Path, clock: Clock
+) -> None:
+    shards = Shards()
+    learner = _learner(tmp_path, shards)
+    await learner.started([_record(1), _record(2)])
+    shards.calls.clear()
+
+    async def attached_by_a_start() -> list[int]:
+        shards.calls.clear()
+        await learner.started([_record(1), _record(2)])
+        return [args["slot"] for _, _, args in shards.calls]
+
+    await learner.reads(_record(1))
+    assert await attached_by_a_start() == [2]
+    assert await attached_by_a_start() == [1, 2]
+    await learner.reads(_record(1))
+    await trio.sleep(100)
+    assert await attached_by_a_start() == [1, 2]
+
+
 async def test_without_learning_nothing_is_watched(tmp_path: Path, clock: Clock) -> None:
     shards = Shards()
     await _learner(tmp_path, shards, enabled=False).started([_record(1)])
