@@ -4,8 +4,9 @@
 A table of contents comes from outside and may be made to use up memory or time. Here it can use only
 this process's, which has limits and is killed when it takes too long; and the memory that building
 needs is gone when the process ends. The parent sends frames (see `lazysnap.channel`) on standard
-input: the job, then the blob's tail with all of the table of contents; the answer is one frame on
-standard output.
+input: the job, then the blob's tail with all of the table of contents. The answer on standard output is a
+frame when the index is stored, and if the image of the tree is wanted, another one when that is, too: the
+bytes that a start needs can be fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import resource
 import struct
 import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import msgspec
@@ -78,7 +80,8 @@ class Answer(msgspec.Struct, kw_only=True):
     verified: bool = False
 
 
-def _build(job: Job, tail: bytes) -> Answer:
+def _build(job: Job, tail: bytes) -> LayerIndex:
+    """Store an index and what comes with it."""
     location = identify(tail, job.blob_size, job.annotations, job.media_type)
     tail_start = job.blob_size - len(tail)
     start = location.offset - tail_start
@@ -102,18 +105,34 @@ def _build(job: Job, tail: bytes) -> Answer:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         raise Internal(f"cannot store the index: {error}") from error
-    index = LayerIndex(data)
-    _store_tree(job, index)
-    return Answer(nodes=index.node_count, total_size=index.total_size, verified=index.verified)
+    return LayerIndex(data)
 
 
 def _store_tree(job: Job, index: LayerIndex) -> None:
     """Make the image of the tree while everything is at hand; who needs it can make it as well."""
+    try:
+        write_tree(job.tree, build_image(index))
+    except (LazysnapError, MemoryError) as error:
+        _log.debug("image of a tree not made", path=job.tree, error=error)
+
+
+def _answers(packed: bytes, tail: bytes) -> Iterator[Answer]:
+    """Do a job; what there is to say."""
+    try:
+        job = msgspec.msgpack.decode(packed, type=Job)
+        index = _build(job, tail)
+    except LazysnapError as error:
+        yield Answer(error=(type(error).__name__, error.message, error.hint, error.reason))
+        return
+    except MemoryError:
+        message = "the table of contents needs too much memory"
+        yield Answer(error=("FormatError", message, None, "too-big"))
+        return
+    answer = Answer(nodes=index.node_count, total_size=index.total_size, verified=index.verified)
+    yield answer
     if job.tree:
-        try:
-            write_tree(job.tree, build_image(index))
-        except LazysnapError as error:
-            _log.debug("image of a tree not made", path=job.tree, error=error)
+        _store_tree(job, index)
+        yield answer
 
 
 def _check(job: Job, location: TocLocation, data: memoryview) -> VerifiedToc:
@@ -145,23 +164,11 @@ def main() -> None:
         tail = _read_frame(source)
         if tail is None:
             return
-        try:
-            answer = _build(msgspec.msgpack.decode(packed, type=Job), tail)
-        except LazysnapError as error:
-            answer = Answer(error=(type(error).__name__, error.message, error.hint, error.reason))
-        except MemoryError:
-            answer = Answer(
-                error=(
-                    "FormatError",
-                    "the table of contents needs too much memory",
-                    None,
-                    "too-big",
-                )
-            )
+        for answer in _answers(packed, tail):
+            body = msgspec.msgpack.encode(answer)
+            sink.write(LENGTH.pack(len(body)) + body)
+            sink.flush()
         del tail
-        body = msgspec.msgpack.encode(answer)
-        sink.write(LENGTH.pack(len(body)) + body)
-        sink.flush()
 
 
 if __name__ == "__main__":

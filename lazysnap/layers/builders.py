@@ -11,7 +11,7 @@ import heapq
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import NamedTuple
@@ -69,12 +69,15 @@ class Builders:
         """Something will have to be built soon: have processes start meanwhile, if `run` runs."""
         self._expected.set()
 
-    async def build(self, job: Job, tail: bytes) -> Answer:
+    async def build(
+        self, job: Job, tail: bytes, indexed: Callable[[], object] = lambda: None
+    ) -> Answer:
         """Build an index.
 
         Args:
             job: what is to be built.
             tail: the blob's last bytes, with all of the table of contents.
+            indexed: called when the index is stored, and the image of the tree is not yet.
 
         Raises:
             LazysnapError: the layer cannot be used; `reason` says why.
@@ -82,7 +85,7 @@ class Builders:
         async with self._turn(len(tail)), self._process() as process:
             answer = None
             with trio.move_on_after(self.seconds) as scope:
-                answer = await _ask(process, job, tail)
+                answer = await _ask(process, job, tail, indexed)
             if scope.cancelled_caught:
                 raise _too_big()
             if answer is None:
@@ -211,26 +214,36 @@ def _too_big() -> FormatError:
     return FormatError("the table of contents needs too much time or memory", reason="too-big")
 
 
-async def _ask(process: trio.Process, job: Job, tail: bytes) -> Answer | None:
+async def _ask(
+    process: trio.Process, job: Job, tail: bytes, indexed: Callable[[], object]
+) -> Answer | None:
     """Send a job and get its answer; None if the process ends instead."""
     assert process.stdin is not None
     assert process.stdout is not None
     packed = msgspec.msgpack.encode(job)
+    received = bytearray()
     try:
         await process.stdin.send_all(LENGTH.pack(len(packed)) + packed + LENGTH.pack(len(tail)))
         await process.stdin.send_all(tail)
-        return await _receive(process.stdout)
+        answer = await _receive(process.stdout, received)
+        if answer is not None and answer.error is None and job.tree:
+            indexed()
+            answer = await _receive(process.stdout, received)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         return None
+    return answer
 
 
-async def _receive(stream: trio.abc.ReceiveStream) -> Answer | None:
+async def _receive(stream: trio.abc.ReceiveStream, data: bytearray) -> Answer | None:
     """The next answer; None at the end of the stream.
+
+    Args:
+        stream: of the process.
+        data: what was received and not used yet.
 
     Raises:
         Internal: what comes is not an answer.
     """
-    data = bytearray()
     while len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack_from(data)[0]:
         if len(data) > _MOST_ANSWER:
             raise Internal("a builder of indexes sends too much")
@@ -238,7 +251,10 @@ async def _receive(stream: trio.abc.ReceiveStream) -> Answer | None:
         if not more:
             return None
         data += more
+    end = LENGTH.size + LENGTH.unpack_from(data)[0]
+    body = bytes(data[LENGTH.size : end])
+    del data[:end]
     try:
-        return msgspec.msgpack.decode(memoryview(data)[LENGTH.size :], type=Answer)
+        return msgspec.msgpack.decode(body, type=Answer)
     except msgspec.MsgspecError as error:
         raise Internal(f"a builder of indexes sends no answer: {error}") from error

@@ -119,6 +119,7 @@ class Opener:
         self._turns: dict[str, tuple[trio.Lock, int]] = {}
         self._limit = trio.CapacityLimiter(_AT_ONCE)
         self._fetched: dict[str, float] = {}
+        self._indexed: dict[str, trio.Event] = {}  # of layers that are being built
         self._manifests: dict[Digest, oci.Manifest] = {}
 
     def expect(self) -> None:
@@ -127,6 +128,8 @@ class Opener:
 
     async def open(self, source: LayerSource) -> OpenedLayer:
         """Make sure that the layer's index is on disk.
+
+        The image of its tree may still be made, if somebody else has opened the layer; see `finished`.
 
         Raises:
             NotLazy: it cannot be read lazily; `reason` says why.
@@ -147,18 +150,35 @@ class Opener:
                 reason="no-toc-digest",
             )
         name = _index_name(source.digest, promised)
+        size = None
+        if name in self._indexed:
+            await self._indexed[name].wait()
+            size = await trio.to_thread.run_sync(_known, self._path(name))
+        if size is None:
+            size = await self._ensure(source, name)
+        fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
+        annotations = {k: v for k, v in source.annotations.items() if k in _NEEDED}
+        return OpenedLayer(name, size, annotations, fetched)
+
+    async def _ensure(self, source: LayerSource, name: str) -> int:
+        """Build an index unless it is there; the size of the blob."""
         async with self._alone(name):
             size = await trio.to_thread.run_sync(_known, self._path(name))
             if size is None:
                 async with self._limit:
                     with tracing.span("open layer", layer=source.digest):
-                        size = await self._build(source, name)
-                if len(self._fetched) >= _REMEMBERED:
-                    self._fetched.clear()
-                self._fetched[name] = time.monotonic()
-        fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
-        annotations = {k: v for k, v in source.annotations.items() if k in _NEEDED}
-        return OpenedLayer(name, size, annotations, fetched)
+                        self._indexed[name] = indexed = trio.Event()
+                        try:
+                            size = await self._build(source, name, indexed)
+                        finally:
+                            indexed.set()
+                            del self._indexed[name]
+        return size
+
+    async def finished(self, opened: OpenedLayer) -> None:
+        """Wait until nothing is made of a layer any more."""
+        async with self._alone(opened.index):
+            pass
 
     @asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[None]:
@@ -195,7 +215,7 @@ class Opener:
             complete=True,
         )
 
-    async def _build(self, source: LayerSource, name: str) -> int:
+    async def _build(self, source: LayerSource, name: str, indexed: trio.Event) -> int:
         self.expect()
         blob = self._registry.source(source.reference, source.digest, source.size)
         length = _TAIL_UNKNOWN
@@ -219,7 +239,10 @@ class Opener:
             toc_digest=source.annotations.get(oci.TOC_DIGEST),
             trusted=self._allow_unverified,
         )
-        answer = await self._builders.build(job, data)
+        if len(self._fetched) >= _REMEMBERED:
+            self._fetched.clear()
+        self._fetched[name] = time.monotonic()
+        answer = await self._builders.build(job, data, indexed.set)
         _log.info("layer opened", layer=source.digest, nodes=answer.nodes, bytes=answer.total_size)
         return tail.size
 

@@ -152,6 +152,7 @@ class ShardLayers:
                 reads=await self._learner.reads(record),
                 reachable=opened.fetched,
             )
+            await self._opener.finished(opened)
             await trio.to_thread.run_sync(self._showing.show, record, mountpoint)
         except BaseException:
             with trio.CancelScope(shield=True):

@@ -27,6 +27,7 @@ from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Scheduler
 from lazysnap.layers.seeded import SeededSource
+from lazysnap.layers.trees import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -87,7 +88,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
             nursery.cancel_scope.cancel()
 
 
-def _again(bench: Bench, **options: bool) -> Opener:
+def _again(bench: Bench, **options: Any) -> Opener:
     """As after a restart."""
     old = bench.opener
     return Opener(old._directory, old._registry, old._builders, **options)
@@ -318,6 +319,59 @@ async def test_builders_start_ahead_and_not_too_many(bench: Bench) -> None:
     bench.add(layer)
     await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
     assert waiting & {process.pid for process, *_ in bench.builders._idle}
+
+
+_SLOW_TREES = """
+import os, time
+from lazysnap.layers import builder
+def store(job, index, proper=builder._store_tree):
+    while not os.path.exists({go!r}): time.sleep(0.01)
+    {then}
+    proper(job, index)
+builder._store_tree = store
+builder.main()
+"""
+
+
+@pytest.mark.parametrize("then", ["", "os._exit(1)"], ids=["made", "killed"])
+async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
+    bench: Bench, nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    monkeypatch.setattr(bench.builders, "expect", lambda: None)
+    go, trees = tmp_path / "go", tmp_path / "trees"
+    trees.mkdir()
+    program = _SLOW_TREES.format(go=str(go), then=then)
+    bench.builders.command = [sys.executable, "-c", program]
+    opener = _again(bench, trees=str(trees))
+    layer = layers.estargz(ENTRIES)
+    bench.add(layer)
+    source = bench.source(layer, annotations=bench.toc_label(layer))
+    ended: list[object] = []
+
+    async def ahead() -> None:
+        try:
+            ended.append(await opener.open(source))
+        except Internal as error:
+            ended.append(error)
+
+    nursery.start_soon(ahead)
+    with trio.fail_after(120):
+        while not opener._indexed:
+            await trio.sleep(0.01)
+        opened = await opener.open(source)
+        assert open_index(f"{bench.opener._directory}/{opened.index}").verified
+        assert (opened.fetched, ended, list(trees.iterdir())) == (True, [], [])
+        go.touch()
+        await opener.finished(opened)
+        while not ended:
+            await trio.sleep(0.01)
+    if then:
+        assert isinstance(ended[0], Internal)
+        assert list(trees.iterdir()) == []
+    else:
+        assert ended == [opened]
+        assert [path.name for path in trees.iterdir()] == [tree_name(opened.index)]
+    assert (await opener.open(source)).index == opened.index
 
 
 async def test_one_is_kept_that_has_built_nothing(
