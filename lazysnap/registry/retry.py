@@ -97,11 +97,12 @@ class Backoff:
         """
         if self._last is None or not fault.cut_short:
             self._last = fault
-        seconds = self._wait * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, no secret
-        self._wait = min(self._wait * 2, _LONGEST_WAIT)
-        if fault.retry_after is not None:
-            # Not earlier than by ourselves: some servers always ask for 0 seconds.
-            seconds = max(seconds, min(fault.retry_after, self._longest_retry_after))
+        if fault.retry_after:
+            seconds = min(fault.retry_after, self._longest_retry_after)
+        else:
+            # Also if it is 0, as some servers always say: who obeys them floods them.
+            seconds = self._wait * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, no secret
+            self._wait = min(self._wait * 2, _LONGEST_WAIT)
         if trio.current_time() + seconds >= self._deadline:
             raise self.exhausted() from fault
         self.retries += 1

@@ -38,6 +38,16 @@ async def test_a_server_that_asks_for_no_wait_is_not_flooded(
     assert backoff.retries <= 30
 
 
+async def test_a_server_that_says_when_is_asked_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    backoff = Backoff("x", 30, 10)
+    for _ in range(10):
+        before = trio.current_time()
+        await backoff.pause(Fault("y", retry_after=2))
+        assert trio.current_time() - before == pytest.approx(2)
+
+
 async def test_progress_starts_the_time_again(autojump_clock: trio.testing.MockClock) -> None:
     backoff = Backoff("x", 10, 10)
     for _ in range(100):
