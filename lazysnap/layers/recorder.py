@@ -88,8 +88,9 @@ class Recorder:
 
     @property
     def attentive(self) -> bool:
-        """Whether what is read belongs to a start, however long ago that began."""
-        return bool(self.sessions - self._over)
+        """Whether what is read belongs to a start, also if that has been quiet for some time."""
+        expired = time.monotonic() - EXPIRES_SECONDS
+        return any(begun > expired for begun in self.sessions - self._over)
 
     @property
     def worthwhile(self) -> bool:

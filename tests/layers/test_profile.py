@@ -264,12 +264,14 @@ def test_starts_that_are_watched_at_once_do_not_disturb_each_other(now: list[flo
     assert _notes(recorder, 1002.0) == [Read("d", 0, 10, 1000)]
 
 
-def test_a_recorder_that_is_forgotten_takes_bounded_memory(now: list[float]) -> None:
+def test_a_recorder_that_is_forgotten_takes_bounded_memory_and_ends(now: list[float]) -> None:
     recorder = Recorder()
     recorder.begin(1000.0)
     for n in range(60_000):
         recorder.note(0, n, 1)
+    assert recorder.attentive
     now[0] += 10_000
+    assert not recorder.attentive
     recorder.begin(now[0])
     assert recorder.end(1000.0) is None
     assert recorder.end(now[0]) == []
