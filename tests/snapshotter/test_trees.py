@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import subprocess
@@ -133,13 +134,21 @@ def test_nothing_below_a_mount_is_deleted(tmp_path: Path) -> None:
 def test_running_out_of_files_is_an_error(tmp_path: Path) -> None:
     make_deep(tmp_path / "top", 500, "directory0")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()  # files that earlier tests have let go of
     before = open_files()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 2, limits[1]))
+    # The limit is one of numbers, and those that are free below the highest would be used first.
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    taken = [os.dup(0)]
+    while taken[-1] < highest:
+        taken.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 3, limits[1]))
     try:
         with pytest.raises(Internal, match="Too many open files"):
             trees.measure(str(tmp_path / "top"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
     assert open_files() == before
     trees.remove(str(tmp_path / "top"))
 
