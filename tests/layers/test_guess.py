@@ -79,7 +79,7 @@ def test_the_nearest_are_guessed_first_and_more_when_more_is_needed() -> None:
 
 def test_not_all_of_a_huge_directory_is_looked_at() -> None:
     """Readers of all layers would have to wait meanwhile."""
-    count = 30_000
+    count = 12_000
     names = ["d/__init__.py", *(f"d/{n:05}.py" for n in range(count))]
     index = counting(estargz([file(name, b"%d" % n) for n, name in enumerate(names)]))
     plans: list[Plan] = []
