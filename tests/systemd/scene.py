@@ -180,6 +180,13 @@ class Scene:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
         return self.noted()
 
+    def fetch_more(self, since: int) -> None:
+        """Wait until something was fetched since then by what the container reads by itself.
+
+        For two seconds a worker reads on what it has open, although it was removed.
+        """
+        wait_until(lambda: any(path in self.files["new"] for path in self.window(since).fetched))
+
     def window(self, since: int) -> Window:
         """The reads since then, and what is local now."""
         return Window(self.reads(since), self.local())
