@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="also run tests that take minutes")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist wants to know groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {
         "root": "" if os.geteuid() == 0 else "needs root",
@@ -30,7 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else "needs containerd",
         "podman": "" if shutil.which("podman") and shutil.which("runc") else "needs podman",
     }
+    grouped = config.pluginmanager.hasplugin("xdist")
     for item in items:
+        # With --dist loadgroup: these one after the other, all others beside them.
+        if any(item.get_closest_marker(name) for name in _NEEDS) and grouped:
+            item.add_marker(pytest.mark.xdist_group("machine"))
         for name, why in missing.items():
             if why and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=why))
