@@ -190,7 +190,9 @@ class UnpackAhead:
                     if layer.digest not in image.asked
                 }
                 async with trio.open_nursery() as nursery:
-                    for ahead in list(image.layers.values()):
+                    # The largest first: a container needs all of them, and they take longest.
+                    largest = sorted(image.layers.values(), key=lambda each: -each.layer.size)
+                    for ahead in largest:
                         if not ahead.scope.cancel_called:  # its turn has come already
                             await self._limit.acquire_on_behalf_of(ahead)
                             nursery.start_soon(self._keep, ahead)
