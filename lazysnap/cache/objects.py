@@ -288,6 +288,12 @@ class ObjectStore:
             self._move(key, to=self._others)
         self.note_removal()
 
+    def distrust(self) -> None:
+        """New objects may have been changed: have those verified that the kernel sees."""
+        for key in list(self._unsealed):
+            if os.path.exists(os.path.join(self.root, self.name(key))):
+                self.demote(key)
+
     def withdraw(self, key: bytes) -> None:
         """Take an object out of the kernel's sight until `seal` is called when nothing is held."""
         self.put_on_probation(key)

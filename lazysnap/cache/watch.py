@@ -18,6 +18,7 @@ from lazysnap.errors import Internal
 _IN_MODIFY = 0x2
 _IN_CLOSE_WRITE = 0x8
 _IN_OPEN = 0x20
+_IN_Q_OVERFLOW = 0x4000
 _CHANGES = _IN_MODIFY | _IN_CLOSE_WRITE
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
@@ -33,6 +34,9 @@ class ObjectWatch:
     Args:
         root: the directory with the 256 directories.
 
+    Attributes:
+        missed: more has happened than the kernel remembers; for whoever deals with that to unset.
+
     Raises:
         Internal: the kernel allows no more watches.
     """
@@ -41,6 +45,7 @@ class ObjectWatch:
         self.fd = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
         if self.fd < 0:
             raise _refused()
+        self.missed = False
         self._root = os.fsencode(root)
         self._tells_opens = False
         try:
@@ -83,6 +88,8 @@ class ObjectWatch:
                     at += _EVENT.size
                     name = events[at : at + length].rstrip(b"\0")
                     at += length
+                    if mask & _IN_Q_OVERFLOW:
+                        self.missed = True
                     with contextlib.suppress(ValueError):
                         key = bytes.fromhex(name.decode("ascii", "replace"))
                         if len(key) != 32:

@@ -79,11 +79,24 @@ class Settling:
         while True:
             await trio.sleep(self._seconds)
             self._hold()
+            if self._watch is not None and self._watch.missed:
+                self._watch.missed = False
+                await self._examine()
             try:
                 if await trio.to_thread.run_sync(self._objects.seal):
                     await trio.to_thread.run_sync(memory.give_back)
             except LazysnapError as error:
                 _log.error("cache not synced", error=error)
+
+    async def _examine(self) -> None:
+        """Look at all objects, as some may have been changed unnoticed."""
+        _log.warning("changes of cached objects were missed, all are looked at")
+        self._objects.distrust()
+        self._contents.close()
+        try:
+            await trio.to_thread.run_sync(self._objects.recover)
+        except OSError as error:
+            _log.error("cache not examined", error=error)
 
     def look(self) -> bool:
         """Follow what has happened to objects until now; returns whether any was opened."""
