@@ -96,6 +96,36 @@ def test_what_was_committed_can_be_pushed(it: Scene) -> None:
     assert text.split() == ["new", "lazysnap", "test", "image", "more", "hello", "many", "new"]
 
 
+@pytest.mark.parametrize("archive", ["oci-archive", "docker-archive"])
+def test_what_is_saved_is_the_image(it: Scene, archive: str) -> None:
+    # Podman 4.3 saves layers as they were compressed, and docker's archives know no zstd.
+    forms = ["estargz", "zstd" if archive == "oci-archive" else "estargz", "estargz"]
+    reference = it.push("app", forms, _PAYLOAD)
+    it.podman.run("pull", reference)
+    saved = it.directory / "saved"
+    it.podman.run("save", f"--format={archive}", f"--output={saved}", reference)
+    out = it.directory / "out"
+    copy = ["skopeo", "copy", "--quiet", "--insecure-policy"]
+    subprocess.run([*copy, f"{archive}:{saved}", f"oci:{out}:new"], check=True)
+    manifest, config = _documents(out)
+    assert len(manifest["layers"]) == 3
+    for layer, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
+        assert _diff_id(out, layer["digest"]) == diff_id
+    it.podman.remove_image(reference)
+    wait_until(it.store.is_empty)
+
+
+def test_a_layer_with_zstd_is_not_saved_for_docker(it: Scene) -> None:
+    """That is Podman's: it is so with layers that it has pulled itself, too."""
+    for form in ("zstd", "plain-zstd"):
+        reference = it.push(form, ["estargz", form, "estargz"], b"some")
+        it.podman.run("pull", reference)
+        saved = it.directory / form
+        done = it.podman.run("save", f"--output={saved}", reference, check=False)
+        assert done.returncode != 0
+        assert "zstd compression is not supported for docker images" in done.stderr
+
+
 def _documents(
     layout: Path,
 ) -> tuple[dict[str, list[dict[str, str]]], dict[str, dict[str, list[str]]]]:
