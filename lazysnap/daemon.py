@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,18 +14,18 @@ import trio
 
 import lazysnap
 from lazysnap import channel, log, monitor, mounts, service, tracing, watchdog
-from lazysnap import config as configuration
 from lazysnap.cache import Cache
 from lazysnap.config import Config
-from lazysnap.errors import ConfigError, LazysnapError, NotFound
+from lazysnap.errors import ConfigError, LazysnapError
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.pull.delegated import Delegated
 from lazysnap.registry.client import Registry
+from lazysnap.reloading import Reload
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
-from lazysnap.shard.settings import write_settings
+from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.announced import OpenAhead
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
@@ -41,8 +39,6 @@ from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
-# A worker that is busy takes them up a little later.
-_RELOAD_SECONDS = 10.0
 
 
 async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice: str = "") -> None:
@@ -77,8 +73,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
                 nursery.start_soon(stop_at, signals, nursery)
                 reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
                 sdnotify.SystemdNotifier().notify("READY=1")
-                async for _ in hangups:
-                    await _reload(load, reload)
+                await reload.at(hangups, load)
     finally:
         tracing.end()
         os.close(lock)
@@ -92,7 +87,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    write_settings(root, shard_settings(config, config.shard_count()))
+    write_settings(root, _told(config))
     cache = Cache(os.path.join(root, "cache"))
     supervisor = Supervisor(
         root,
@@ -150,9 +145,9 @@ async def _serve(
                 path = os.path.join(root, "daemon.sock")
                 await nursery.start(partial(channel.serve, path, {}, telling=telling))
             await nursery.start(service.serve, snapshotter, config.address)
-            nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
+            nursery.start_soon(watchdog.run, snapshotter.answers)
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
-            task_status.started(Reload(config, root, registry, supervisor))
+            task_status.started(Reload(config, root, registry, supervisor, _told))
             try:
                 await trio.sleep_forever()
             finally:
@@ -165,10 +160,9 @@ async def _serve(
         store.close()
 
 
-async def _answers(snapshotter: Snapshotter) -> None:
-    """Return when the database has answered something."""
-    with contextlib.suppress(NotFound):
-        await snapshotter.stat("")
+def _told(config: Config) -> ShardSettings:
+    """What shards are told."""
+    return shard_settings(config, config.shard_count())
 
 
 def _streams(config: Config, registry: Registry) -> Streams | None:
@@ -180,60 +174,6 @@ def _streams(config: Config, registry: Registry) -> Streams | None:
         return config.lazy.enabled and may_be_lazy(annotations, allow_unverified=unverified)
 
     return Streams(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
-
-
-class Reload:
-    """Takes up a changed configuration, as far as that is possible without a restart.
-
-    Args:
-        config: in force.
-        root: where workers find their settings.
-        registry: the daemon's client.
-        supervisor: of the shards.
-    """
-
-    def __init__(
-        self, config: Config, root: str, registry: Registry, supervisor: Supervisor
-    ) -> None:
-        self._config = config
-        self._root = root
-        self._registry = registry
-        self._supervisor = supervisor
-
-    async def take_up(self, new: Config) -> None:
-        """Put a configuration in force.
-
-        Raises:
-            Internal: the settings of the workers cannot be written.
-        """
-        changed = configuration.changed(self._config, new)
-        for key in changed:
-            values = {"was": key.value(self._config), "now": key.value(new)}
-            if key.reloads:
-                _log.info("configuration changed", key=key.path, **values)
-            else:
-                _log.warning("this change takes a restart", key=key.path, **values)
-        self._config = config = configuration.reloaded(self._config, new)
-        log.setup(config.log_level, config.log_format)
-        write_settings(self._root, shard_settings(config, config.shard_count()))
-        self._registry.apply(registry_settings(config))
-        answers = await self._supervisor.call_all("reload", timeout=_RELOAD_SECONDS)
-        for shard in (number for number, answer in answers.items() if answer is None):
-            # The next worker reads them anyway.
-            _log.warning("shard goes on with the settings it has", shard=shard)
-        _log.info("configuration reloaded", changes=len(changed))
-
-
-async def _reload(load: Callable[[], Config], reload: Reload) -> None:
-    """At SIGHUP: a file that is wrong changes nothing (protocol: sd_notify(3), RELOADING)."""
-    systemd = sdnotify.SystemdNotifier()
-    systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        await reload.take_up(load())
-    except LazysnapError as error:
-        _log.error("configuration not reloaded", error=error, hint=error.hint or "")
-    finally:
-        systemd.notify("READY=1")
 
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:

@@ -26,6 +26,12 @@ DEFAULT_ROOT = "/var/lib/lazysnap-store"
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."
 )
 @click.option(
+    "--metrics-address",
+    default="",
+    metavar="ADDRESS",
+    help="Serve metrics for Prometheus here: HOST:PORT or unix:PATH.",
+)
+@click.option(
     "--unmount-on-exit",
     is_flag=True,
     help="Take down the mount when stopping. Containers that use it break.",
@@ -40,6 +46,7 @@ def command(
     config_path: str | None,
     root: str,
     log_level: str | None,
+    metrics_address: str,
     unmount_on_exit: bool,
     shard_slice: str,
 ) -> None:
@@ -51,16 +58,22 @@ def command(
       [storage.options]
       additionallayerstores = ["/var/lib/lazysnap-store/store:ref"]
 
-    The configuration file is that of lazysnap serve (default: /etc/lazysnap/config.toml); what it says
-    of root and socket does not count. Containers go on reading when the daemon stops.
+    The configuration file is that of lazysnap serve (default: /etc/lazysnap/config.toml), and read again
+    at SIGHUP; what it says of root, socket and metrics_address does not count. Containers go on reading
+    when the daemon stops.
     """
-    settings = msgspec.structs.replace(config.load(config_path), root=root)
+    given = {"root": root, "metrics_address": metrics_address}
     if log_level:
-        settings = msgspec.structs.replace(settings, log_level=log_level)
+        given["log_level"] = log_level
+
+    def load() -> config.Config:
+        return msgspec.structs.replace(config.load(config_path), **given)
+
+    settings = load()
     log.setup(settings.log_level, settings.log_format)
     from lazysnap.layerstore import serving  # after the options are known to be right
 
     async def serve() -> None:
-        await serving.run(settings, unmount_on_exit=unmount_on_exit, shard_slice=shard_slice)
+        await serving.run(load, unmount_on_exit=unmount_on_exit, shard_slice=shard_slice)
 
     trio.run(serve)

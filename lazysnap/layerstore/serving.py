@@ -6,17 +6,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from functools import partial
+from collections.abc import Callable
 
 import msgspec
 import sdnotify
 import trio
 
 import lazysnap
-from lazysnap import channel, log, mounts, watchdog
+from lazysnap import channel, log, monitor, mounts, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
-from lazysnap.errors import Internal, LazysnapError, NotFound
+from lazysnap.errors import Internal, LazysnapError
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
@@ -26,10 +26,11 @@ from lazysnap.layerstore.storages import Storages
 from lazysnap.layerstore.trees import KernelTrees
 from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.registry.client import Registry
+from lazysnap.reloading import Reload
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard import names
-from lazysnap.shard.settings import write_settings
+from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.announced import OpenAhead
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
@@ -49,11 +50,12 @@ _LINK = "store"
 _SHARDS = 1
 
 
-async def run(config: Config, *, unmount_on_exit: bool, shard_slice: str = "") -> None:
+async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice: str = "") -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        config: of which the sections of lazy layers, shards, fetching, registries and cache count.
+        load: reads the configuration; called again at SIGHUP. Its sections of lazy layers, shards,
+            fetching, registries and cache count, and where metrics are served.
         unmount_on_exit: take down the mount when stopping; containers that use it break.
         shard_slice: see `Supervisor`.
 
@@ -61,6 +63,7 @@ async def run(config: Config, *, unmount_on_exit: bool, shard_slice: str = "") -
         ConfigError: another daemon uses the root, or it cannot be used.
         LazysnapError: something that is needed does not work.
     """
+    config = load()
     root = os.path.realpath(config.root)
     os.umask(0o022)
     lock = lock_root(root, "store")
@@ -69,17 +72,27 @@ async def run(config: Config, *, unmount_on_exit: bool, shard_slice: str = "") -
         with (
             plain_errors(),
             trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+            trio.open_signal_receiver(signal.SIGHUP) as hangups,
         ):
             async with trio.open_nursery() as nursery:
                 # Also while starting, which can take long.
                 nursery.start_soon(stop_at, signals, nursery)
-                await _serve(config, root, unmount_on_exit, shard_slice)
+                reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
+                sdnotify.SystemdNotifier().notify("READY=1")
+                await reload.at(hangups, load)
     finally:
         os.close(lock)
 
 
-async def _serve(config: Config, root: str, unmount_on_exit: bool, shard_slice: str) -> None:
-    write_settings(root, msgspec.structs.replace(shard_settings(config, _SHARDS), named=True))
+async def _serve(
+    config: Config,
+    root: str,
+    unmount_on_exit: bool,
+    shard_slice: str,
+    *,
+    task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    write_settings(root, _told(config))
     supervisor = Supervisor(
         root,
         _SHARDS,
@@ -109,11 +122,15 @@ async def _serve(config: Config, root: str, unmount_on_exit: bool, shard_slice: 
             )
             await snapshotter.start(nursery)
             nursery.start_soon(supervisor.watch)
+            watcher = monitor.Monitor(supervisor, registry, supervisor.layers)
+            await watcher.begin()
+            if config.metrics_address:
+                await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             await trio.to_thread.run_sync(trees.start)
             await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
             _log.info("ready", store=os.path.join(root, _LINK), version=lazysnap.__version__)
-            sdnotify.SystemdNotifier().notify("READY=1")
-            nursery.start_soon(watchdog.run, partial(_answers, snapshotter))
+            nursery.start_soon(watchdog.run, snapshotter.answers)
+            task_status.started(Reload(config, root, registry, supervisor, _told))
             try:
                 await trio.sleep_forever()
             finally:
@@ -126,10 +143,9 @@ async def _serve(config: Config, root: str, unmount_on_exit: bool, shard_slice: 
         store.close()
 
 
-async def _answers(snapshotter: Snapshotter) -> None:
-    """Return when the database has answered something."""
-    with contextlib.suppress(NotFound):
-        await snapshotter.stat("")
+def _told(config: Config) -> ShardSettings:
+    """What the shard is told."""
+    return msgspec.structs.replace(shard_settings(config, _SHARDS), named=True)
 
 
 def _layers(

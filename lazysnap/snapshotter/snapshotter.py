@@ -11,13 +11,14 @@ the order of events; locks by key only spare work that would be refused.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
 
 from lazysnap import filters, log, mounts, overlay
-from lazysnap.errors import FailedPrecondition, Internal
+from lazysnap.errors import FailedPrecondition, Internal, NotFound
 from lazysnap.labels import EAGER, REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
@@ -227,6 +228,11 @@ class Snapshotter:
             NotFound: there is none.
         """
         return await self._in_turn(self._store.stat, key)
+
+    async def answers(self) -> None:
+        """Return when the database has answered something, whatever it is."""
+        with contextlib.suppress(NotFound):
+            await self.stat("")
 
     async def attachment(self, key: str) -> Attachment | None:
         """What is served for a snapshot, if it is lazy.

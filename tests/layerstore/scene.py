@@ -70,6 +70,16 @@ class Store:
             self._process.wait(_SECONDS)
             self._process = None
 
+    def reload(self, text: str) -> None:
+        """Change the configuration file and tell the daemon.
+
+        Args:
+            text: of the file.
+        """
+        self._config.write_text(text)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+
     def log(self) -> str:
         """What was logged so far."""
         return self._log.read_text() if self._log.exists() else ""
