@@ -28,12 +28,12 @@ from pathlib import Path
 
 from fixtures.images import cache
 from fixtures.images.catalogue import DEFAULT_ROOT
-from fixtures.images.debian import Stage, build_stages
+from fixtures.images.debian import SUITE, Stage, build_stages
 from fixtures.processes import accepts, alive, run, unmount_below
 from tests.support.stack import Lazysnap, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
-_PACKAGES = "systemd systemd-sysv containerd runc python3 libfuse3-3 busybox-static"
+_PACKAGES = "systemd systemd-sysv containerd runc python3 {libfuse3} busybox-static"
 # Nothing may touch the network, which is the host's, and nothing needs to run by the clock.
 _SETTLE = """
 systemctl mask systemd-networkd.service systemd-networkd.socket systemd-timesyncd.service \
@@ -42,7 +42,6 @@ systemctl mask systemd-networkd.service systemd-networkd.socket systemd-timesync
 systemctl set-default multi-user.target
 echo 5afe0000000000000000000000005afe >/etc/machine-id
 """
-_STAGES = (Stage("base"), Stage("systemd", f"apt_install {_PACKAGES}\n{_SETTLE}"))
 # As the README says, but for CRI, which would look for a network of pods.
 _CONTAINERD = """\
 version = 2
@@ -71,7 +70,7 @@ class Machine:
         package: the host's path of the package that is imported inside.
     """
 
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(self, directory: Path, config: str, suite: str = SUITE) -> None:
         self.name = f"lazysnap-{secrets.token_hex(4)}"
         self.root = directory / "root"
         self.shards = Lazysnap(directory)  # only to look at: it is not this that starts it
@@ -79,6 +78,7 @@ class Machine:
         self.package = directory / "package"
         self._directory = directory
         self._config = config
+        self._suite = suite
         self._groups: list[Path] = []
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
@@ -177,7 +177,7 @@ class Machine:
         """Make the root, and install lazysnap in it as the README says."""
         with cache.locked(DEFAULT_ROOT):
             (DEFAULT_ROOT / "stages").mkdir(exist_ok=True)
-            trees = build_stages(DEFAULT_ROOT / "stages", _STAGES)
+            trees = build_stages(DEFAULT_ROOT / "stages", _stages(self._suite), suite=self._suite)
         for name in ("root", "changes", "work", "r", "containerd"):
             (self._directory / name).mkdir()
         lower = ":".join(os.fspath(tree) for tree in reversed(trees))
@@ -288,6 +288,12 @@ class Machine:
         """What systemd-nspawn and the system wrote to the console."""
         path = self._directory / "console"
         return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _stages(suite: str) -> Sequence[Stage]:
+    """How the root is made; the package of libfuse3 has another number in each release."""
+    packages = _PACKAGES.format(libfuse3="libfuse3-3" if suite == SUITE else "'libfuse3-?'")
+    return Stage("base"), Stage("systemd", f"apt_install {packages}\n{_SETTLE}")
 
 
 def _first_below(ancestor: int) -> int:
