@@ -136,7 +136,9 @@ async def test_the_tree_is_containerds(
 
 
 async def test_only_a_few_are_ahead(it: Stack, server: FaultyRegistry) -> None:
-    entries = [[layers.file(f"f{number}", os.urandom(1000))] for number in range(8)]
+    # The largest come first: with these sizes, the lowest ones, so that the next in turn is ahead.
+    sizes = range(9000, 1000, -1000)
+    entries = [[layers.file(f"f{size}", os.urandom(size))] for size in sizes]
     held = _Held(server, entries)
     most = 0
     upper = [layer.digest for layer in held.layers[1:]]
@@ -158,6 +160,9 @@ async def test_only_a_few_are_ahead(it: Stack, server: FaultyRegistry) -> None:
         await _until(lambda: waiting() >= 3 and len(_appliers(it)) == 3)
         later.set()
     assert most == 3
+    asked = [r.path.rpartition("/")[2] for r in server.log]
+    first = sorted(upper, key=asked.index)[:3]
+    assert sorted(first) == sorted(upper[:3])
     await _until(lambda: not left_over(it))
 
 
