@@ -15,7 +15,7 @@ import enum
 import os
 from collections.abc import Iterator
 
-from lazysnap import log
+from lazysnap import log, mounts
 from lazysnap.errors import Internal
 
 _log = log.get(__name__)
@@ -44,7 +44,8 @@ class Storages:
 
     def __init__(self, root: str) -> None:
         self._path = os.path.join(root, "storages")
-        self._known = {_DEFAULT}
+        # That of root is nothing to ordinary users, who cannot look at it.
+        self._known = {_DEFAULT} if mounts.overlay_facts().privileged else set()
         try:
             with open(self._path, encoding="utf-8", errors="surrogateescape") as file:
                 self._known |= {line.rstrip("\n") for line in file}
