@@ -3,7 +3,7 @@
 
 The kernel reads objects without asking us, so a change must be noticed when it happens. We never write
 to what is among the objects ourselves. That something is opened is told on demand only; overlay tells it
-like any program (Linux 6.8). Knows nothing of what is done about it.
+like any program (seen with Linux 6.18). Knows nothing of what is done about it.
 """
 
 from __future__ import annotations
