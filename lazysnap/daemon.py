@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import sdnotify
 import trio
 
 import lazysnap
@@ -19,10 +17,9 @@ from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
-from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.pull.delegated import Delegated
 from lazysnap.registry.client import Registry
-from lazysnap.reloading import Reload
+from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
@@ -63,17 +60,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     try:
         _check_address(config.address)
         introduce(root, config.address)
-        with (
-            plain_errors(),
-            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
-            trio.open_signal_receiver(signal.SIGHUP) as hangups,
-        ):
-            async with trio.open_nursery() as nursery:
-                # Also while starting, which can take long.
-                nursery.start_soon(stop_at, signals, nursery)
-                reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
-                sdnotify.SystemdNotifier().notify("READY=1")
-                await reload.at(hangups, load)
+        await run_until_stopped(partial(_serve, config, root, unmount_on_exit, shard_slice), load)
     finally:
         tracing.end()
         os.close(lock)

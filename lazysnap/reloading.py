@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A changed configuration and SIGHUP, for all daemons: what can follow does, and the rest is said."""
+"""The life of all daemons: until a signal, and with a changed configuration at SIGHUP.
+
+What can follow a change does, and the rest is said.
+"""
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import sdnotify
+import trio
 
 from lazysnap import config as configuration
 from lazysnap import log
 from lazysnap.config import Config
 from lazysnap.errors import LazysnapError
+from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.registry.client import Registry
 from lazysnap.settings import registry_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
@@ -87,3 +93,28 @@ class Reload:
                 _log.error("configuration not reloaded", error=error, hint=error.hint or "")
             finally:
                 systemd.notify("READY=1")
+
+
+async def run_until_stopped(
+    serve: Callable[..., Awaitable[None]], load: Callable[[], Config]
+) -> None:
+    """Run a daemon until SIGTERM or SIGINT, and reload its configuration at SIGHUP.
+
+    Args:
+        serve: does its work until cancelled; tells `task_status` its `Reload` when it is ready.
+        load: reads the configuration.
+
+    Raises:
+        LazysnapError: something that is needed does not work.
+    """
+    with (
+        plain_errors(),
+        trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+        trio.open_signal_receiver(signal.SIGHUP) as hangups,
+    ):
+        async with trio.open_nursery() as nursery:
+            # Also while starting, which can take long.
+            nursery.start_soon(stop_at, signals, nursery)
+            reload: Reload = await nursery.start(serve)
+            sdnotify.SystemdNotifier().notify("READY=1")
+            await reload.at(hangups, load)

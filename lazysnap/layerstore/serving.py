@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
-import sdnotify
 import trio
 
 import lazysnap
@@ -24,9 +23,8 @@ from lazysnap.layerstore.layers import LayerStore
 from lazysnap.layerstore.references import References
 from lazysnap.layerstore.storages import Storages
 from lazysnap.layerstore.trees import KernelTrees
-from lazysnap.lifetime import plain_errors, stop_at
 from lazysnap.registry.client import Registry
-from lazysnap.reloading import Reload
+from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard import names
@@ -69,17 +67,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     lock = lock_root(root, "store")
     try:
         introduce(root, names.socket_path(root))
-        with (
-            plain_errors(),
-            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
-            trio.open_signal_receiver(signal.SIGHUP) as hangups,
-        ):
-            async with trio.open_nursery() as nursery:
-                # Also while starting, which can take long.
-                nursery.start_soon(stop_at, signals, nursery)
-                reload = await nursery.start(_serve, config, root, unmount_on_exit, shard_slice)
-                sdnotify.SystemdNotifier().notify("READY=1")
-                await reload.at(hangups, load)
+        await run_until_stopped(partial(_serve, config, root, unmount_on_exit, shard_slice), load)
     finally:
         os.close(lock)
 
