@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 
 from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, Internal
+from lazysnap.layers import recordfiles
 from lazysnap.layers.profile import MAX_SIZE, Profile, merge, parse, serialize
 
 _log = log.get(__name__)
@@ -49,19 +49,9 @@ class ProfileStore:
         """
         known = self.find(profile.manifest)
         joined = profile if known is None else merge(known, profile)
-        path = self._path(profile.manifest)
-        data = serialize(joined)
-        # Two threads may store one at the same time.
-        aside = f"{path}.new-{os.getpid()}-{threading.get_ident()}"
         try:
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(aside, path)
+            recordfiles.replace(self._path(profile.manifest), serialize(joined))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
             raise Internal(f"cannot store the profile: {error.strerror}") from error
         return joined
 
