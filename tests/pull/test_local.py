@@ -24,6 +24,7 @@ from tests.support import images, layers, tree
 from tests.support.containerd import PrivateContainerd
 from tests.support.registry import FaultyRegistry
 from tests.support.views import make_view
+from tests.unpack.stacked import HIGH, LOW
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
@@ -132,16 +133,7 @@ async def test_what_fails_here_is_done_by_containerd(
     assert kinds <= {"Committed", "View"}
 
 
-_LOW = [
-    layers.directory("a", mode=0o711, uid=11, gid=12),
-    layers.file("a/hidden", b"x"),
-    layers.file("gone", b"x"),
-]
-_HIGH: list[list[layers.Entry]] = [
-    [layers.whiteout("gone"), layers.file("a/b/new", b"its parents are left out")],
-    [layers.opaque(""), layers.file("a/only", b"all else is hidden")],
-    [layers.file("late/f", b"x"), layers.directory("late", mode=0o700)],
-]
+_HIGH = HIGH[:3]
 
 
 @pytest.mark.parametrize("high", [_HIGH[:1], _HIGH[:2], _HIGH[2:], _HIGH])
@@ -153,7 +145,7 @@ async def test_what_layers_have_to_do_with_those_below(
     registry: Registry,
     tmp_path: Path,
 ) -> None:
-    tars = [layers.make_tar(each) for each in (_LOW, *high)]
+    tars = [layers.make_tar(each) for each in (LOW, *high)]
     made = images.write_layout(tmp_path / "l", [images.gzip_layer(tar) for tar in tars])
     reference = serve(server, made)
     registry.allow_plain_http(reference.host)

@@ -23,23 +23,12 @@ from tests.support import images, layers, tree
 from tests.support.registry import FaultyRegistry, Hold, Status, faulty_registry
 from tests.support.stack import SNAPSHOTTER, Stack, stack
 from tests.unpack.direct import CONFIG, left_over, seen
+from tests.unpack.stacked import HIGH, LOW
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
 _SECONDS = 120
 
-_LOW = [
-    layers.directory("a", mode=0o711, uid=11, gid=12),
-    layers.file("a/hidden", b"x"),
-    layers.file("gone", b"x"),
-]
-_HIGH: list[list[layers.Entry]] = [
-    [layers.whiteout("gone"), layers.file("a/b/new", b"its parents are left out")],
-    [layers.opaque(""), layers.file("a/only", b"all else is hidden")],
-    [layers.file("late/f", b"x"), layers.directory("late", mode=0o700)],
-    [layers.file("a/b/c", b"x" * 3_000_000), layers.hardlink("a/b/d", "a/b/c")],
-    [layers.whiteout("a/b/c"), layers.symlink("link", "a")],
-]
 _NEED_LOWER = {2}  # a directory behind what is in it: only known when the one below is
 
 
@@ -106,7 +95,7 @@ def _start_pull(it: Stack, reference: str) -> subprocess.Popen[bytes]:
 async def test_the_tree_is_containerds(
     it: Stack, server: FaultyRegistry, high: list[int], tmp_path: Path
 ) -> None:
-    held = _Held(server, [_LOW, *(_HIGH[number] for number in high)])
+    held = _Held(server, [LOW, *(HIGH[number] for number in high)])
     pulled: list[dict[str, object]] = []
 
     async def pull() -> None:
@@ -170,7 +159,7 @@ async def test_only_a_few_are_ahead(it: Stack, server: FaultyRegistry) -> None:
 async def test_nothing_is_left_of_a_pull_that_was_killed(
     it: Stack, server: FaultyRegistry, whole: bool
 ) -> None:
-    held = _Held(server, [_LOW, _HIGH[0], _HIGH[3]])
+    held = _Held(server, [LOW, HIGH[0], HIGH[3]])
     upper = [layer.digest for layer in held.layers[1:]]
     if not whole:
         server.faults += [Hold(trio.Event(), path=digest, times=1) for digest in upper]
@@ -190,7 +179,7 @@ async def test_nothing_is_left_of_a_pull_that_was_killed(
 
 
 async def test_nothing_is_left_when_the_daemon_is_killed(it: Stack, server: FaultyRegistry) -> None:
-    held = _Held(server, [_LOW, _HIGH[0], _HIGH[3]])
+    held = _Held(server, [LOW, HIGH[0], HIGH[3]])
     process = _start_pull(it, held.reference)
     await _until(lambda: held.sent([1, 2]) and len(_appliers(it)) == 1)
     pids = _appliers(it)
@@ -205,7 +194,7 @@ async def test_nothing_is_left_when_the_daemon_is_killed(it: Stack, server: Faul
 
 
 async def test_what_fails_ahead_is_left_to_containerd(it: Stack, server: FaultyRegistry) -> None:
-    held = _Held(server, [_LOW, _HIGH[0], _HIGH[3]])
+    held = _Held(server, [LOW, HIGH[0], HIGH[3]])
     server.faults.append(Status(404, path=held.layers[1].digest, times=1))
     async with trio.open_nursery() as nursery:
 
@@ -221,7 +210,7 @@ async def test_what_fails_ahead_is_left_to_containerd(it: Stack, server: FaultyR
 
 
 async def test_other_bytes_are_refused(it: Stack, server: FaultyRegistry) -> None:
-    held = _Held(server, [_LOW, _HIGH[0], _HIGH[3]])
+    held = _Held(server, [LOW, HIGH[0], HIGH[3]])
     other = images.gzip_layer(layers.make_tar([layers.file("evil", b"x")])).blob
     digest = held.layers[1].digest
     server.blobs[digest] = other.ljust(len(held.layers[1].blob), b"\0")
@@ -244,7 +233,7 @@ async def test_other_bytes_are_refused(it: Stack, server: FaultyRegistry) -> Non
 
 async def test_an_applier_that_is_killed(it: Stack, server: FaultyRegistry) -> None:
     """Both are: the one whose turn it is, and the one ahead."""
-    held = _Held(server, [_LOW, _HIGH[3]])
+    held = _Held(server, [LOW, HIGH[3]])
     later = trio.Event()
     server.faults.append(Hold(later, path=held.layers[1].digest, times=1))
     async with trio.open_nursery() as nursery:
