@@ -8,12 +8,11 @@ whose Extra field names the TOC's offset; the TOC member holds a tar with one fi
 from __future__ import annotations
 
 import re
-import tarfile
 from typing import TYPE_CHECKING
 
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, NotLazy
-from lazysnap.formats import gzip
+from lazysnap.formats import gzip, tar
 from lazysnap.formats.location import MAX_TOC_SIZE, Kind, TocLocation
 
 if TYPE_CHECKING:
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 FOOTER_SIZE = 51
 LEGACY_FOOTER_SIZE = 47
 EXTERNAL_FOOTER_SIZE = 46
-TOC_NAME = "stargz.index.json"
+TOC_NAME = b"stargz.index.json"
 
 _OFFSET = re.compile(rb"([0-9a-fA-F]{16})STARGZ")
 _SUBFIELD = b"SG\x16\0"
+_FILES = (tar.FILE, tar.OLD_FILE)
 _EXTERNAL = b"SG\x11\0STARGZEXTERNALTOC"
-_BLOCK = tarfile.BLOCKSIZE
 
 
 def find(tail: bytes, blob_size: int, toc_digest: Digest | None) -> TocLocation | None:
@@ -97,13 +96,10 @@ def extract(member: Buffer, limit: int) -> bytes:
     Raises:
         FormatError: not a gzip member with a tar that begins with the TOC, or too large.
     """
-    block = gzip.inflate(member, _BLOCK)
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise FormatError(f"table of contents is not in a tar: {error}") from error
-    if info.name != TOC_NAME or not info.isreg():
-        raise FormatError(f"table of contents begins with {info.name[:100]!r}, not {TOC_NAME}")
-    if not 0 <= info.size <= limit:
-        raise FormatError(f"table of contents claims {info.size} bytes, more than {limit}")
-    return gzip.inflate(member, _BLOCK + info.size)[_BLOCK:]
+    header = tar.parse_header(gzip.inflate(member, tar.BLOCK))
+    if header is None or header.name != TOC_NAME or header.kind not in _FILES:
+        name = b"" if header is None else header.name[:100]
+        raise FormatError(f"table of contents begins with {name!r}, not {TOC_NAME!r}")
+    if header.size > limit:
+        raise FormatError(f"table of contents claims {header.size} bytes, more than {limit}")
+    return gzip.inflate(member, tar.BLOCK + header.size)[tar.BLOCK :]

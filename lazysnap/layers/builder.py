@@ -22,8 +22,6 @@ from typing import BinaryIO
 
 import msgspec
 
-from lazysnap import log
-from lazysnap.cache import INDEX_TAIL
 from lazysnap.digest import Digest
 from lazysnap.erofs.image import build as build_image
 from lazysnap.errors import FormatError, Internal, LazysnapError
@@ -34,9 +32,8 @@ from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.seed import write_seed
-from lazysnap.layers.trees import write_tree
+from lazysnap.layers.treefile import write_tree
 
-_log = log.get(__name__)
 LENGTH = struct.Struct(">I")
 # Enough for the largest table of contents that is accepted, with its tree.
 MEMORY_LIMIT = 6 << 30
@@ -48,6 +45,8 @@ class Job(msgspec.Struct, kw_only=True):
     Attributes:
         path: where the index goes.
         tree: where the image of the tree goes, see `lazysnap.layers.trees`; empty for nowhere.
+        seed: where the members go that come with the table of contents, see `lazysnap.layers.seed`;
+            empty for nowhere.
         blob_size: of the blob, in bytes.
         annotations: of the layer's descriptor.
         media_type: of the layer's descriptor, may be empty.
@@ -57,6 +56,7 @@ class Job(msgspec.Struct, kw_only=True):
 
     path: str
     tree: str = ""
+    seed: str = ""
     blob_size: int
     annotations: dict[str, str] = {}
     media_type: str = ""
@@ -92,8 +92,9 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
     data = encode(layer)
     aside = f"{job.path}.new-{os.getpid()}"
     # Before the index: who finds that does not build it again, and would never have a seed.
-    members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
-    write_seed(job.path + INDEX_TAIL, tail_start, members)
+    if job.seed:
+        members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
+        write_seed(job.seed, tail_start, members)
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -101,7 +102,7 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
             os.fsync(file.fileno())
         os.rename(aside, job.path)
     except OSError as error:
-        for path in (aside, job.path + INDEX_TAIL):
+        for path in filter(None, (aside, job.seed)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         raise Internal(f"cannot store the index: {error}") from error
@@ -110,10 +111,8 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
 
 def _store_tree(job: Job, index: LayerIndex) -> None:
     """Make the image of the tree while everything is at hand; who needs it can make it as well."""
-    try:
+    with contextlib.suppress(LazysnapError, MemoryError):
         write_tree(job.tree, build_image(index))
-    except (LazysnapError, MemoryError) as error:
-        _log.debug("image of a tree not made", path=job.tree, error=error)
 
 
 def _answers(packed: bytes, tail: bytes) -> Iterator[Answer]:

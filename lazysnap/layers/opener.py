@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from lazysnap import log, oci, tracing
+from lazysnap.cache import INDEX_TAIL
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
@@ -233,6 +234,7 @@ class Opener:
         job = Job(
             path=self._path(name),
             tree=os.path.join(self._trees, tree_name(name)) if self._trees else "",
+            seed=self._path(name) + INDEX_TAIL,
             blob_size=tail.size,
             annotations=dict(source.annotations),
             media_type=media_type,

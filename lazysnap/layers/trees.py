@@ -9,26 +9,22 @@ checksum, and what is torn by a power cut is made again. Does not mount anything
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
 import os
-import struct
 from collections.abc import Sequence
 
 import msgspec
-from isal import isal_zlib
 
 from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.erofs.image import build
 from lazysnap.erofs.trailer import overwrite, read_trailer
-from lazysnap.errors import FormatError, Internal
+from lazysnap.errors import FormatError
 from lazysnap.layers.slots import Inherited
+from lazysnap.layers.treefile import read_tree, write_tree
 from lazysnap.layers.view import open_index
 
 _log = log.get(__name__)
-_END = struct.Struct("<II")
 # Another writer gives other images: a part of the name.
 _VERSION = 1
 _NESTED_OPAQUE = b"trusted.overlay.overlay.opaque"
@@ -93,42 +89,18 @@ def ensure_tree(cache: Cache, index_name: str, inherited: Sequence[Inherited] = 
     return path
 
 
-def write_tree(path: str, image: bytes | bytearray) -> None:
-    """Store an image.
-
-    Raises:
-        Internal: the disk refuses.
-    """
-    aside = f"{path}.new-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        with open(aside, "wb") as file:
-            file.write(image)
-            file.write(_END.pack(isal_zlib.crc32(image), len(image) & 0xFFFFFFFF))
-        os.rename(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise Internal(f"cannot store {path}: {error.strerror}") from error
-
-
 def _read(path: str) -> bytes | None:
     """A stored image, or None if there is none that is whole."""
     try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as stored,
-            memoryview(stored) as view,
-            view[: -_END.size] as image,
-        ):
-            if _END.unpack(view[-_END.size :]) == (isal_zlib.crc32(image), len(image)):
-                return bytes(image)
+        image = read_tree(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError) as error:
         _log.warning("image of a tree is made anew", path=path, error=error)
         return None
-    _log.warning("image of a tree is damaged, it is made anew", path=path)
-    return None
+    if image is None:
+        _log.warning("image of a tree is damaged, it is made anew", path=path)
+    return image
 
 
 def _patched(image: bytes, inherited: Sequence[Inherited]) -> bytearray:
