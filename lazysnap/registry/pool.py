@@ -53,6 +53,18 @@ class _PoolStream(httpx.AsyncByteStream):
         await self.inner.aclose()
 
 
+class _NoBody(httpx.AsyncByteStream, AsyncIterator[bytes]):
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
+
+
+NO_BODY = _NoBody()
+"""The body of a request that has none."""
+
+
 class UploadBody(httpx.AsyncByteStream):
     """A body to send in pieces, so that a slow line has the time limit of a write for each.
 

@@ -3,7 +3,8 @@
 
 `Transport.send` is the only place from which requests leave, which is where a scheduler with
 budgets belongs. It follows no redirect, knows no credentials, retries nothing: it answers with an
-`Answer`, or raises `Fault` when no answer came.
+`Answer`, or raises `Fault` when no answer came. Transports of httpx are used without its client: nobody
+here wants its cookies, redirects and hooks, and preparing for them takes much of a request's CPU time.
 
 Whatever happens, a connection is either returned clean to the pool or closed; cancellation
 included. That needs care because a half-read body of httpx is a stack of suspended asynchronous
@@ -12,12 +13,12 @@ generators, see `Answer.aclose`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import http.cookiejar
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -28,13 +29,19 @@ import trio
 from lazysnap import __version__
 from lazysnap.errors import RegistryError
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
-from lazysnap.registry.pool import PoolTransport, UploadBody
+from lazysnap.registry.pool import NO_BODY, PoolTransport, UploadBody
 from lazysnap.registry.proxies import Proxies
 from lazysnap.registry.retry import Fault
 
 _URL_LIMIT = 16 << 10
 _BROKEN = (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError)
 _TIMEOUT = (httpx.TimeoutException, httpcore.TimeoutException)
+_HEADERS = {
+    b"accept": (b"Accept", b"*/*"),
+    b"connection": (b"Connection", b"keep-alive"),
+    b"user-agent": (b"User-Agent", f"lazysnap/{__version__}".encode()),
+}
+"""Sent unless others are given."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,11 @@ class Answer:
         url: where it came from.
     """
 
-    def __init__(self, response: httpx.Response, url: str, counter: _Counter) -> None:
+    def __init__(self, response: httpx.Response, method: str, url: str, counter: _Counter) -> None:
         self.status = response.status_code
         self.headers = response.headers
         self.url = url
-        self._response = response
+        self._method = method
         self._counter = counter
         stream = response.stream
         self._stream: httpx.AsyncByteStream = stream  # type: ignore[assignment]  # async client
@@ -105,7 +112,7 @@ class Answer:
     @property
     def length(self) -> int | None:
         """Bytes of the body, if the head tells; an answer to HEAD has none."""
-        if self._response.request.method == "HEAD":
+        if self._method == "HEAD":
             return 0
         value = self.headers.get("content-length", "")
         return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
@@ -128,7 +135,7 @@ class Answer:
         except StopAsyncIteration:
             self._ended = True
             # The body ended as it should: this returns the connection to the pool.
-            await self._response.aclose()
+            await self._stream.aclose()
             raise
         except BaseException as error:
             self._ended = True
@@ -180,7 +187,7 @@ class Answer:
             return
         self._ended = True
         with trio.CancelScope(shield=True):
-            await self._response.aclose()
+            await self._stream.aclose()
             if self._iterator is not None:
                 with contextlib.suppress(*_BROKEN, *_TIMEOUT):
                     # What h11 holds already, less than two reads, and then the end or an error.
@@ -206,10 +213,10 @@ class Answer:
 
 @dataclass
 class Transport:
-    """The HTTP clients, one per kind of TLS and proxy, and the counters."""
+    """The transports of httpx, one per kind of TLS and proxy, and the counters."""
 
     settings: RegistrySettings
-    _clients: dict[tuple[TLSOptions | None, str | None], httpx.AsyncClient] = field(
+    _pools: dict[tuple[TLSOptions | None, str | None], httpx.AsyncBaseTransport] = field(
         default_factory=dict
     )
     _counters: dict[str, _Counter] = field(default_factory=dict)
@@ -217,11 +224,11 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close all connections; answers that are still open break."""
-        clients = list(self._clients.values())
-        self._clients.clear()
+        pools = list(self._pools.values())
+        self._pools.clear()
         with trio.CancelScope(shield=True):
-            for client in clients:
-                await client.aclose()
+            for pool in pools:
+                await pool.aclose()
 
     async def send(
         self,
@@ -250,30 +257,27 @@ class Transport:
             Fault: no answer came.
             RegistryError: the URL cannot be used.
         """
-        host = _check(url)
-        headers = {**headers, "Accept-Encoding": "identity"}
-        if content is not None:
-            headers["Content-Length"] = str(len(content))
+        host, parsed = _parse(url)
         counter = self._counters.setdefault(host, _Counter())
         counter.requests += 1
         counter.retries += repeated
-        client = self._client(url, tls)
-        try:
-            request = client.build_request(method, url, headers=headers)
-        except (httpx.InvalidURL, UnicodeError, ValueError) as error:
-            raise RegistryError(f"cannot ask {host}: {error}") from error
+        request = httpx.Request(
+            method,
+            parsed,
+            headers=_headers(method, parsed, headers, content),
+            stream=NO_BODY,
+            extensions={"timeout": self._timeouts()},
+        )
+        pool = self._pool(url, tls)
         response: httpx.Response | None = None
         with trio.move_on_at(deadline) as scope:
             if content:
                 request.stream = UploadBody(content, partial(_extend, scope))
             try:
-                response = await client.send(request, stream=True)
+                response = await pool.handle_async_request(request)
             except _TIMEOUT as error:
                 raise Fault(f"{host} did not answer in time ({type(error).__name__})") from error
             except _BROKEN as error:
-                if isinstance(error.__context__, httpx.InvalidURL):
-                    # httpx looks at Location even though it is told not to follow it.
-                    raise RegistryError(f"{host} redirects to an unusable URL") from error
                 untrusted = _cause(error, ssl.SSLCertVerificationError)
                 if untrusted is not None:
                     raise RegistryError(
@@ -286,7 +290,7 @@ class Transport:
                 raise Fault(f"TLS with {host} failed: {_text(error)}") from error
         if response is None:
             raise Fault(f"{host} did not answer in time", cut_short=True)
-        return Answer(response, url, counter)
+        return Answer(response, method, url, counter)
 
     def statistics(self) -> Statistics:
         """The counters now."""
@@ -297,40 +301,34 @@ class Transport:
             }
         )
 
-    def _client(self, url: str, tls: TLSOptions) -> httpx.AsyncClient:
-        key = (tls if url.startswith("https:") else None, self._proxies.find(url))
-        client = self._clients.get(key)
-        if client is None:
-            client = self._clients[key] = self._new_client(*key)
-        return client
-
-    def _new_client(self, tls: TLSOptions | None, proxy: str | None) -> httpx.AsyncClient:
+    def _timeouts(self) -> dict[str, float]:
+        """In seconds, as httpx hands them on."""
         settings = self.settings
-        timeout = httpx.Timeout(
-            settings.stall_seconds, connect=settings.connect_seconds, pool=settings.retry_seconds
-        )
-        no_cookies = http.cookiejar.CookieJar(
-            http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
-        )
+        return {
+            "connect": settings.connect_seconds,
+            "read": settings.stall_seconds,
+            "write": settings.stall_seconds,
+            "pool": settings.retry_seconds,
+        }
+
+    def _pool(self, url: str, tls: TLSOptions) -> httpx.AsyncBaseTransport:
+        key = (tls if url.startswith("https:") else None, self._proxies.find(url))
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = self._new_pool(*key)
+        return pool
+
+    def _new_pool(self, tls: TLSOptions | None, proxy: str | None) -> httpx.AsyncBaseTransport:
+        settings = self.settings
         # Loading the system's certificates takes longer than a request to a near registry.
         context = tls.context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        transport: httpx.AsyncBaseTransport
         if proxy is None:
-            transport = PoolTransport(settings, context)
-        else:
-            limits = httpx.Limits(
-                max_connections=settings.max_connections,
-                keepalive_expiry=settings.keep_alive_seconds,
-            )
-            transport = httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
-        return httpx.AsyncClient(
-            transport=transport,
-            timeout=timeout,
-            cookies=no_cookies,
-            follow_redirects=False,
-            trust_env=False,
-            headers={"User-Agent": f"lazysnap/{__version__}"},
+            return PoolTransport(settings, context)
+        limits = httpx.Limits(
+            max_connections=settings.max_connections,
+            keepalive_expiry=settings.keep_alive_seconds,
         )
+        return httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
 
 
 def _extend(scope: trio.CancelScope, seconds: float) -> None:
@@ -338,11 +336,12 @@ def _extend(scope: trio.CancelScope, seconds: float) -> None:
     scope.deadline += seconds
 
 
-def _check(url: str) -> str:
-    """Host and port of a URL that may be asked.
+@lru_cache(maxsize=64)
+def _parse(url: str) -> tuple[str, httpx.URL]:
+    """Host and port of a URL that may be asked, and the URL for httpx, which takes long to parse.
 
     Raises:
-        RegistryError: it is too long or not HTTP.
+        RegistryError: it is too long, not HTTP, or malformed.
     """
     if len(url) > _URL_LIMIT:
         raise RegistryError(f"refusing a URL of {len(url)} characters: {url[:100]}...")
@@ -355,7 +354,35 @@ def _check(url: str) -> str:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not host:
         raise RegistryError(f"refusing a URL that is not http or https: {url[:100]}")
-    return parts.netloc.rpartition("@")[2]
+    host = parts.netloc.rpartition("@")[2]
+    try:
+        return host, httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise RegistryError(f"cannot ask {host}: {error}") from error
+
+
+def _headers(
+    method: str, url: httpx.URL, headers: Mapping[str, str], content: bytes | None
+) -> list[tuple[bytes, bytes]]:
+    """All headers of a request.
+
+    Raises:
+        RegistryError: one cannot be sent.
+    """
+    found = {b"host": (b"Host", url.netloc), **_HEADERS}
+    if url.userinfo:
+        secret = f"{url.username}:{url.password}".encode()
+        found[b"authorization"] = (b"Authorization", b"Basic " + base64.b64encode(secret))
+    try:
+        for name, value in headers.items():
+            raw = name.encode("ascii")
+            found[raw.lower()] = (raw, value.encode("ascii"))
+    except UnicodeError as error:
+        raise RegistryError(f"cannot ask {url.host}: {error}") from error
+    found[b"accept-encoding"] = (b"Accept-Encoding", b"identity")
+    if content is not None or method in ("POST", "PUT", "PATCH"):
+        found[b"content-length"] = (b"Content-Length", str(len(content or b"")).encode())
+    return list(found.values())
 
 
 def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:

@@ -332,6 +332,7 @@ async def test_broken_storage_is_resolved_again(server: FaultyRegistry, blob: Re
         "ftp://127.0.0.1/x",
         "http://[::1",
         "http://127.0.0.1:99999/",
+        "http://xn--\u00e9/",
         "file:///etc/passwd",
     ],
 )

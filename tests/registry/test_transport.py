@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS and proxies."""
+"""What is sent, TLS and proxies."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 
+from lazysnap import __version__
 from lazysnap.errors import RegistryError, RegistryUnreachable
 from lazysnap.reference import Reference
 from lazysnap.registry import HostTable, Registry, RegistrySettings
 from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.hosts import Endpoint, TLSOptions
 from lazysnap.registry.push import push_blob
+from lazysnap.registry.transport import Transport
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import FaultyRegistry, Status
 
@@ -58,6 +61,59 @@ async def secure(server: FaultyRegistry, certificate: Path) -> AsyncIterator[str
         listeners = await nursery.start(partial(serve, https_compatible=True))
         yield f"127.0.0.1:{listeners[0].transport_listener.socket.getsockname()[1]}"
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("method", "content", "headers", "user"),
+    [
+        ("GET", None, {"Range": "bytes=0-9"}, ""),
+        ("GET", None, {"accept": "x/y", "user-agent": "me", "X-Own": "z"}, ""),
+        ("GET", None, {}, "user%40x:pass%3Aword@"),
+        ("POST", None, {}, ""),
+        ("PUT", b"abc", {"Content-Type": "text/plain"}, ""),
+        ("PUT", b"", {}, ""),
+    ],
+)
+async def test_same_headers_as_by_the_client_of_httpx(
+    server: FaultyRegistry, method: str, content: bytes | None, headers: dict[str, str], user: str
+) -> None:
+    url = f"http://{user}{server.host}/v2/?a=%2F b#fragment"
+    transport = Transport(SETTINGS)
+    answer = await transport.send(
+        method, url, headers=headers, tls=TLSOptions(), content=content, deadline=float("inf")
+    )
+    await answer.drain()
+    await transport.aclose()
+    standard = {"Accept-Encoding": "identity", "User-Agent": f"lazysnap/{__version__}"}
+    async with httpx.AsyncClient(headers=standard) as client:
+        await client.request(method, url, headers=headers, content=content)
+    ours, theirs = server.log
+    assert ours == theirs
+    assert ours.headers["host"] == server.host
+
+
+async def test_whose_headers_win(server: FaultyRegistry) -> None:
+    transport = Transport(SETTINGS)
+    url = f"http://user:password@{server.host}/v2/"
+    headers = {"authorization": "Bearer token", "accept-encoding": "gzip"}
+    answer = await transport.send(
+        "GET", url, headers=headers, tls=TLSOptions(), deadline=float("inf")
+    )
+    assert answer.url_host == server.host
+    await answer.drain()
+    await transport.aclose()
+    (sent,) = server.log
+    assert sent.authorization == "Bearer token"
+    assert sent.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("headers", [{"X": "\u20ac"}, {"\u20ac": "x"}])
+async def test_headers_that_cannot_be_sent(server: FaultyRegistry, headers: dict[str, str]) -> None:
+    with pytest.raises(RegistryError, match="cannot ask"):
+        await Transport(SETTINGS).send(
+            "GET", f"http://{server.host}/", headers=headers, tls=TLSOptions(), deadline=1e9
+        )
+    assert server.log == []
 
 
 @pytest.mark.parametrize("trusted", ["by its CA", "blindly"])
