@@ -25,15 +25,16 @@ from lazysnap.layers.members import filled, of_range
 VERSION = 1
 ARTIFACT_TYPE = "application/vnd.lazysnap.profile.v1+json"
 MAX_SIZE = 8 << 20
-# A gap in the blob that is smaller than this is fetched too. Not a large one: several requests are under
-# way at once, so that another one costs no round trip, and bytes are what the start waits for.
-_GAP = 32 << 10
+# A gap in the blob that is smaller than this is fetched too: decoding it takes less of the CPU's time than
+# another request. Not a larger one: several requests are under way at once, so that another one costs no
+# round trip, and bytes are what the start waits for.
+_GAP = 64 << 10
 # Reads of one file that follow each other later than this are not joined: the end of a long file is
 # not needed when its beginning is.
 _TOGETHER_MS = 1000
 # So many compressed bytes that are needed one after the other are put in the order of the blob: they
 # arrive together anyway, and make fewer and larger requests.
-_BATCH = 4 << 20
+_BATCH = 8 << 20
 
 
 # Two of them can be added and still be packed by msgpack.
