@@ -20,6 +20,7 @@ import os
 import stat
 import struct
 from array import array
+from binascii import hexlify
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -51,31 +52,25 @@ from lazysnap.erofs.layout import (
 )
 from lazysnap.erofs.trailer import make_trailer
 from lazysnap.errors import FormatError, InvalidArgument
-from lazysnap.index.model import IMPLIED, OPAQUE
+from lazysnap.index.model import IMPLIED, NO_KEY, OPAQUE
 from lazysnap.index.reader import LayerIndex
 
 # The sizes of an index's files add up to less than 2**63 bytes, so this is only for damaged ones.
 _MAX_FURTHER_CHUNKS = (1 << 63) // CHUNK_SIZE
 
 _FORMAT = 0o170000  # S_IFMT
+_REGULAR = stat.S_IFREG >> 12
 
-# Nearly all inodes are files without further attributes, and written in one go: the inode, all up to
-# the redirect's first slash, its two digits and second slash, and the name with the chunk table.
-_FILE = struct.Struct(f"{INODE_FIELDS}53s2ss72s")
-
-
-def _marks(length: int) -> bytes:
-    """The extended attributes of a file up to the first slash of its redirect of `length` bytes."""
-    redirect = xattrs.encode_one(xattrs.REDIRECT, b"/" * length)
-    return XATTR_HEADER + xattrs.encode_one(xattrs.METACOPY, b"") + redirect[:-length] + b"/"
-
-
-_OBJECT_MARKS = _marks(68)  # it is followed by no padding
-_OBJECT_XATTRS = xattr_count(len(_OBJECT_MARKS) + 67)
-_OBJECT_END = NULL_CHUNK
-_PARTIAL_MARKS = _marks(70)[:53]
-_PARTIAL_XATTRS = _OBJECT_XATTRS + 1
-_PARTIAL_END = bytes(2) + NULL_CHUNK
+# Nearly all inodes are files without further attributes whose digest is known, and written in one go:
+# the inode, all up to the redirect's first slash, its two digits and second slash, and the name with
+# the chunk table. Two pairs of 16-bit fields, of which one is constant, are taken together.
+_FILE = struct.Struct(f"<II{INODE_FIELDS[5:]}53s2ss64s4s4x")
+_REDIRECT = b"/" * 68
+_OBJECT_MARKS = xattrs.encode_one(xattrs.METACOPY, b"") + xattrs.encode_one(
+    xattrs.REDIRECT, _REDIRECT
+)
+_OBJECT_FORMAT = CHUNK_BASED | xattr_count(len(XATTR_HEADER + _OBJECT_MARKS)) << 16
+_OBJECT_BEGIN = XATTR_HEADER + _OBJECT_MARKS[: 1 - len(_REDIRECT)]
 
 
 class Inherited(Protocol):
@@ -144,8 +139,8 @@ class _Directory(NamedTuple):
     """A directory whose names are still to be written."""
 
     node: int
-    first: int  # dirent in the index
-    name_count: int
+    names: list[bytes]
+    nodes: list[int]  # that they lead to
     block: int  # its first one, among those of data
     tail_at: int  # where its last block stands behind the inode; 0: among the others
 
@@ -174,21 +169,23 @@ class _Builder:
     def place(self) -> None:
         """Write all inodes, and leave room for names."""
         out, add_nid, add_type = self.out, self.nids.append, self.types.append
-        keys_of, data_name, pack = self.index.content_keys, xattrs.data_name, _FILE.pack
+        keys_of, pack = self.index.content_keys, _FILE.pack
         for node, row in enumerate(self.index.rows()):
             mode, uid, gid, nlink, _, size, mtime_ns, _, first, count, xattr, keys, _ = row
             add_type(FILE_TYPES.get(mode & _FORMAT, 0))
-            if xattr or not 0 < size <= CHUNK_SIZE or mode & _FORMAT != stat.S_IFREG:
+            if xattr or not 0 < size <= CHUNK_SIZE or mode >> 12 != _REGULAR:
                 self._any(node, row)
                 continue
+            object_key, _ = keys_of(first, count, keys)
+            if object_key == NO_KEY:
+                self._file(node, row)
+                continue
             add_nid(len(out) // SLOT)
-            prefix, name = data_name(*keys_of(first, count, keys))
+            name = hexlify(object_key)
             seconds, nanoseconds = divmod(mtime_ns, SECOND)
             out += pack(
-                CHUNK_BASED,
-                _PARTIAL_XATTRS if prefix else _OBJECT_XATTRS,
+                _OBJECT_FORMAT,
                 mode,
-                0,
                 size,
                 CHUNK_FORMAT,
                 node + 1,
@@ -197,10 +194,11 @@ class _Builder:
                 seconds,
                 nanoseconds,
                 nlink,
-                _PARTIAL_MARKS if prefix else _OBJECT_MARKS,
+                _OBJECT_BEGIN,
                 name[:2],
                 b"/",
-                prefix + name + _PARTIAL_END if prefix else name + _OBJECT_END,
+                name,
+                NULL_CHUNK,
             )
 
     def _any(self, node: int, row: tuple[int, ...]) -> None:
@@ -246,7 +244,7 @@ class _Builder:
         self.dirents += count
         if self.dirents > self.index.dirent_count:
             raise _damaged("directories share names")
-        names, _ = self.index.listing(first, count)
+        names, nodes = self.index.listing(first, count)
         directories.check_names(names)
         full, tail = directories.measure(names)
         area, row = self._inherit(node, row)
@@ -262,7 +260,7 @@ class _Builder:
         blocks = full if inline else full + 1
         block = self._allocate(at, blocks) if blocks else 0
         tail_at = at + INODE_SIZE + len(area) if inline else 0
-        self.directories.append(_Directory(node, first, count, block, tail_at))
+        self.directories.append(_Directory(node, names, nodes, block, tail_at))
         if node == 0 or row[7] & IMPLIED:
             self.places.append((node, at))
 
@@ -350,8 +348,8 @@ class _Builder:
             self._fill_directory(directory, base, parents)
 
     def _fill_directory(self, directory: _Directory, base: int, parents: dict[int, int]) -> None:
-        nids, types, node = self.nids, self.types, directory.node
-        names, nodes = self.index.listing(directory.first, directory.name_count)
+        nids, types = self.nids, self.types
+        node, names, nodes = directory.node, directory.names, directory.nodes
         for child in nodes:
             if types[child] == DIRECTORY_TYPE:
                 # the index numbers nodes breadth first, and a directory has one name only

@@ -16,7 +16,7 @@ from lazysnap.errors import FormatError
 from lazysnap.formats import toc
 from lazysnap.formats.toc import Entry
 from lazysnap.formats.verify import VerifiedToc
-from lazysnap.index.content import Content, Contents
+from lazysnap.index.content import Contents
 from lazysnap.index.tree import MAX_NODES, Node, Tree, check_text, clean
 
 PREFETCH_LANDMARK = ".prefetch.landmark"
@@ -88,14 +88,17 @@ class _Builder:
                 raise FormatError(f"a chunk of {entry.name[:200]!r} does not follow its file")
             self.chunks.append(entry)
             return
-        self._end_file()
+        if self.file is not None:
+            self._end_file()
         kind = _TYPES.get(entry.type)
         if kind is None:
             raise FormatError(f"{entry.name[:200]!r} is of the unknown type {entry.type[:100]!r}")
         node = self._node(entry, kind)
         if kind == stat.S_IFREG:
-            self.file = node
-            self.chunks = [entry]
+            node.content = self.contents.collect_one(entry)
+            if node.content is None:
+                self.file = node
+                self.chunks = [entry]
             if "landmark" in entry.name and self._is_landmark(entry):
                 return
         if entry.type == "hardlink":
@@ -129,18 +132,20 @@ class _Builder:
         return True
 
     def _node(self, entry: Entry, kind: int) -> Node:
-        node = Node(kind | (entry.mode & 0o7777))
-        node.uid, node.gid = entry.uid, entry.gid
-        if not (0 <= node.uid <= _MAX_ID and 0 <= node.gid <= _MAX_ID):
-            raise FormatError(f"{entry.name[:200]!r} is owned by {entry.uid}:{entry.gid}")
-        text, node.mtime_ns = self.time
+        uid, gid = entry.uid, entry.gid
+        if not (0 <= uid <= _MAX_ID and 0 <= gid <= _MAX_ID):
+            raise FormatError(f"{entry.name[:200]!r} is owned by {uid}:{gid}")
+        text, mtime_ns = self.time
         if entry.modtime != text:
-            node.mtime_ns = toc.parse_time(entry.modtime)
-            self.time = (entry.modtime, node.mtime_ns)
+            mtime_ns = toc.parse_time(entry.modtime)
+            self.time = (entry.modtime, mtime_ns)
+        node = Node(kind | (entry.mode & 0o7777), uid, gid, mtime_ns)
         if entry.xattrs:
             node.xattrs = _xattrs(entry, kind)
         if kind == stat.S_IFREG:
             node.size = entry.size
+        elif kind == stat.S_IFDIR:
+            node.children = {}
         elif kind == stat.S_IFLNK:
             check_text(entry.link_name, "link target")
             node.mode = stat.S_IFLNK | 0o777
@@ -175,9 +180,3 @@ def _xattrs(entry: Entry, kind: int) -> dict[bytes, bytes] | None:
             raise FormatError(f"{entry.name[:200]!r} has an oversized attribute {name[:100]!r}")
         kept[key] = value or b""
     return kept or None
-
-
-def content_of(node: Node) -> Content | None:
-    """The content that the builder gave a node."""
-    content = node.content
-    return content if isinstance(content, Content) else None

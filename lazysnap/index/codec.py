@@ -8,13 +8,13 @@ directory's entries are neighbours. `LayerIndex` reads what is written here.
 from __future__ import annotations
 
 import stat
-from itertools import accumulate
+from itertools import chain, pairwise
 
 from isal import isal_zlib
 
 from lazysnap.errors import FormatError
 from lazysnap.index import layout
-from lazysnap.index.build import Layer, build, content_of
+from lazysnap.index.build import Layer, build
 from lazysnap.index.content import Content, Piece
 from lazysnap.index.layout import (
     CHUNK,
@@ -23,7 +23,6 @@ from lazysnap.index.layout import (
     MEMBER,
     NAME_PREFIX,
     NAMED,
-    NO_MEMBER,
     NODE,
     NUMBER,
     SECTION,
@@ -100,10 +99,12 @@ class _Writer:
         table = self.sections[layout.NODES]
         text = self.sections[layout.TEXT]
         implied = self.sections[layout.IMPLIED_NODES]
-        for number, node in enumerate(self.nodes):
-            first, count = self.places[number]
+        for number, (node, place, name) in enumerate(
+            zip(self.nodes, self.places, self.names, strict=True)
+        ):
+            first, count = place
             keys = 0
-            content = content_of(node)
+            content = node.content
             if content is not None:
                 first, count = len(self.pieces), len(content.pieces)
                 self.pieces += content.pieces
@@ -129,15 +130,15 @@ class _Writer:
                 count,
                 self._xattrs(node) if node.xattrs else 0,
                 keys,
-                self.names[number],
+                name,
             )
         if self.total_size >= 1 << 63 or len(text) >= 1 << 32:
             raise FormatError("the layer is too large to be indexed")
 
     def _keys(self, content: Content, number: int) -> int:
         """1 + the number of the content's keys; 0 if its chunk's digest is its key."""
-        if content.single_digest:
-            self.named.setdefault(content.single_digest, number)
+        if len(content.pieces) == 1 and (digest := content.pieces[0].digest):
+            self.named.setdefault(digest, number)
             return 0
         table = self.sections[layout.CONTENT_KEYS]
         object_key, partial_key = content.keys(self.layer.toc.digest.raw)
@@ -147,9 +148,11 @@ class _Writer:
 
     def write_names(self) -> None:
         """Write the table by which a content is found by its name."""
-        table = self.sections[layout.BY_NAME]
-        for name in sorted(self.named):
-            table += NAMED.pack(NAME_PREFIX.unpack_from(name)[0], self.named[name])
+        names = sorted(self.named)
+        prefixes = chain.from_iterable(map(NAME_PREFIX.unpack_from, names))
+        self.sections[layout.BY_NAME] += b"".join(
+            map(NAMED.pack, prefixes, map(self.named.__getitem__, names))
+        )
 
     def _xattrs(self, node: Node) -> int:
         """1 + the offset of the node's extended attributes."""
@@ -172,21 +175,16 @@ class _Writer:
     def write_chunks(self) -> None:
         """Write chunks and members."""
         members = self.layer.contents.members(self.pieces)
-        member_of = [NO_MEMBER] * len(self.pieces)
-        ranges = self.sections[layout.MEMBERS]
-        lists = self.sections[layout.MEMBER_CHUNKS]
-        first = 0
-        for number, member in enumerate(members):
-            ranges += MEMBER.pack(member.blob_offset, member.blob_end, first, len(member.chunks))
-            first += len(member.chunks)
-            for chunk in member.chunks:
-                lists += NUMBER.pack(chunk)
-                member_of[chunk] = number
+        counts = [end - first for first, end in pairwise([*members.firsts, len(members.chunks)])]
+        self.sections[layout.MEMBERS] += b"".join(
+            map(MEMBER.pack, members.blob_offsets, members.blob_ends, members.firsts, counts)
+        )
+        self.sections[layout.MEMBER_CHUNKS] += b"".join(map(NUMBER.pack, members.chunks))
         table = self.sections[layout.CHUNKS]
-        for number, piece in enumerate(self.pieces):
+        for owner, member, piece in zip(self.owners, members.numbers, self.pieces, strict=True):
             table += CHUNK.pack(
-                self.owners[number],
-                member_of[number],
+                owner,
+                member,
                 piece.file_offset,
                 piece.size,
                 piece.inner_offset,
@@ -217,20 +215,18 @@ class _Writer:
             0,
             root.mtime_ns,
         )
-        start = layout.PREAMBLE.size + len(facts) + layout.SECTION_COUNT * SECTION.size
-        start += -start % 8
-        sizes = [len(section) + -len(section) % 8 for section in self.sections]
-        offsets = [start, *accumulate(sizes, initial=start)][1:]
-        out = bytearray(offsets[-1])
-        for section, offset in zip(self.sections, offsets, strict=False):
-            out[offset : offset + len(section)] = section
-        at = layout.PREAMBLE.size
-        out[at : at + len(facts)] = facts
-        at += len(facts)
-        for section, offset in zip(self.sections, offsets, strict=False):
-            SECTION.pack_into(out, at, offset, len(section))
-            at += SECTION.size
-        layout.PREAMBLE.pack_into(out, 0, layout.MAGIC, layout.VERSION, 0, len(out))
-        checksum = isal_zlib.crc32(memoryview(out)[layout.CHECKED_FROM :])
-        layout.PREAMBLE.pack_into(out, 0, layout.MAGIC, layout.VERSION, checksum, len(out))
-        return bytes(out)
+        table = [facts]
+        sections: list[bytes | bytearray] = []
+        at = layout.PREAMBLE.size + len(facts) + layout.SECTION_COUNT * SECTION.size
+        sections.append(bytes(-at % 8))
+        at += -at % 8
+        for section in self.sections:
+            table.append(SECTION.pack(at, len(section)))
+            section += bytes(-len(section) % 8)
+            sections.append(section)
+            at += len(section)
+        checksum = isal_zlib.crc32(layout.U64.pack(at))
+        for part in (*table, *sections):
+            checksum = isal_zlib.crc32(part, checksum)
+        preamble = layout.PREAMBLE.pack(layout.MAGIC, layout.VERSION, checksum, at)
+        return b"".join((preamble, *table, *sections))

@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from binascii import unhexlify
+from itertools import pairwise
 from typing import NamedTuple
+
+import msgspec
 
 from lazysnap.errors import FormatError, NotLazy
 from lazysnap.formats.location import TocLocation
 from lazysnap.formats.toc import Entry
+from lazysnap.index.layout import NO_MEMBER
 from lazysnap.index.model import MAX_CHUNK_SIZE, MAX_MEMBER_SIZE, NO_KEY
 
 _PREFIX = "sha256:"
+_DIGEST_LENGTH = len(_PREFIX) + 64
 _LENGTHS = struct.Struct("<QB")
 # A block of a decoder may reach beyond the wanted bytes: a zstd block is up to 128 KiB, deflate
 # codes are up to 15 bits for a byte. Twice the bytes and this much more always is enough.
 _SLACK = 256 << 10
-_first = itemgetter(0)
+# More than any inner offset: the place of a chunk as one number.
+_MEMBER_STRIDE = 1 << 32
+assert MAX_MEMBER_SIZE < _MEMBER_STRIDE
 
 
-class Piece(NamedTuple):
+class Piece(msgspec.Struct, gc=False):
     """A chunk before members have numbers."""
 
     file_offset: int
@@ -39,18 +43,12 @@ class Piece(NamedTuple):
     digest: bytes  # empty: zeros, or nothing to check by
 
 
-@dataclass(slots=True)
-class Content:
+class Content(msgspec.Struct, gc=False):
     """The content of a regular file that is not empty."""
 
     size: int
     digest: bytes  # sha256 of the file; empty if not told
     pieces: list[Piece]
-
-    @property
-    def single_digest(self) -> bytes:
-        """The digest of the only chunk; empty if there are more, or it has none."""
-        return self.pieces[0].digest if len(self.pieces) == 1 else b""
 
     def keys(self, layer: bytes) -> tuple[bytes, bytes]:
         """The object key and the partial key, see `FileContent`.
@@ -77,12 +75,22 @@ class Content:
         return self.digest or NO_KEY, hasher.digest()
 
 
-class MemberRange(NamedTuple):
-    """A member, see `Member`, and the chunks in it, by their position among all chunks."""
+class Members(NamedTuple):
+    """The members of a layer, see `Member`, sorted by their place in the blob, and who is in them.
 
-    blob_offset: int
-    blob_end: int
+    Attributes:
+        blob_offsets: of each member.
+        blob_ends: of each member.
+        firsts: position of each member's first chunk in `chunks`.
+        chunks: by their position among all chunks, sorted by their place.
+        numbers: of the member of each chunk; `NO_MEMBER` for zeros.
+    """
+
+    blob_offsets: list[int]
+    blob_ends: list[int]
+    firsts: list[int]
     chunks: list[int]
+    numbers: list[int]
 
 
 def parse_digest(text: str) -> bytes:
@@ -93,13 +101,12 @@ def parse_digest(text: str) -> bytes:
     """
     if not text:
         return b""
-    try:
-        raw = bytes.fromhex(text[len(_PREFIX) :])
-    except ValueError:
-        raw = b""
-    if len(raw) != 32 or len(text) != 71 or not text.startswith(_PREFIX):
-        raise FormatError(f"table of contents: not a sha256 digest: {text[:100]!r}")
-    return raw
+    if len(text) == _DIGEST_LENGTH and text.startswith(_PREFIX):
+        try:
+            return unhexlify(text[len(_PREFIX) :])
+        except ValueError:
+            pass
+    raise FormatError(f"table of contents: not a sha256 digest: {text[:100]!r}")
 
 
 class Contents:
@@ -110,6 +117,38 @@ class Contents:
         self._verified = verified
         # All places where compressed data is known to begin or end, of hidden files too.
         self._boundaries: set[int] = {location.data_end}
+
+    def collect_one(self, entry: Entry) -> Content | None:
+        """The content of a file that is plainly right and one chunk, as nearly all are.
+
+        Args:
+            entry: the `reg` entry.
+
+        Returns:
+            None for what is anything else, and for `collect` to judge. `chunk` entries may follow
+            only then.
+
+        Raises:
+            FormatError: the digest is none.
+        """
+        size, offset, end, digest = entry.size, entry.offset, entry.end_offset, entry.digest
+        if (
+            not 0 < size <= MAX_CHUNK_SIZE
+            or entry.chunk_size not in (0, size)
+            or entry.chunk_offset
+            or entry.chunk_type
+            or not 0 <= offset < self._data_end
+            or not 0 <= end <= self._data_end
+            or not 0 <= entry.inner_offset <= MAX_MEMBER_SIZE - size
+            or not digest
+            or entry.chunk_digest not in ("", digest)
+        ):
+            return None
+        self._boundaries.add(offset)
+        if end:
+            self._boundaries.add(end)
+        raw = parse_digest(digest)
+        return Content(size, raw, [Piece(0, size, offset, entry.inner_offset, raw)])
 
     def collect(self, entries: list[Entry]) -> Content | None:
         """Check the entries of one file.
@@ -186,8 +225,8 @@ class Contents:
             raise FormatError(f"{_named(entry)} points to {offset}, outside the layer's data")
         self._boundaries.add(offset)
 
-    def members(self, pieces: list[Piece]) -> list[MemberRange]:
-        """The members that chunks are in, sorted by their place in the blob.
+    def members(self, pieces: list[Piece]) -> Members:
+        """The members that chunks are in.
 
         Args:
             pieces: all chunks of the finished tree.
@@ -195,25 +234,32 @@ class Contents:
         Raises:
             FormatError: two chunks overlap.
         """
-        boundaries = sorted(self._boundaries)
-        order = sorted(
-            (piece.blob_offset, piece.inner_offset, number)
-            for number, piece in enumerate(pieces)
-            if piece.blob_offset >= 0
-        )
-        members: list[MemberRange] = []
-        for blob_offset, group in groupby(order, _first):
-            end = boundaries[bisect_right(boundaries, blob_offset)]
-            filled = 0
-            numbers = []
-            for _, inner_offset, number in group:
-                if inner_offset < filled:
-                    raise FormatError(f"two files share bytes of the member at {blob_offset}")
-                filled = inner_offset + pieces[number].size
-                numbers.append(number)
-            enough = blob_offset + 2 * filled + _SLACK
-            members.append(MemberRange(blob_offset, min(end, enough), numbers))
-        return members
+        following = dict(pairwise(sorted(self._boundaries)))
+        places = [piece.blob_offset * _MEMBER_STRIDE + piece.inner_offset for piece in pieces]
+        chunks = [number for number, place in enumerate(places) if place >= 0]
+        chunks.sort(key=places.__getitem__)
+        offsets: list[int] = []
+        filled: list[int] = []  # behind the last chunk of each member
+        firsts: list[int] = []
+        numbers = [NO_MEMBER] * len(pieces)
+        at = -1
+        for position, chunk in enumerate(chunks):
+            piece = pieces[chunk]
+            inner = piece.inner_offset
+            if piece.blob_offset != at:
+                at = piece.blob_offset
+                offsets.append(at)
+                firsts.append(position)
+                filled.append(0)
+            if inner < filled[-1]:
+                raise FormatError(f"two files share bytes of the member at {at}")
+            filled[-1] = inner + piece.size
+            numbers[chunk] = len(offsets) - 1
+        ends = [
+            min(following[offset], offset + 2 * size + _SLACK)
+            for offset, size in zip(offsets, filled, strict=True)
+        ]
+        return Members(offsets, ends, firsts, chunks, numbers)
 
 
 def _named(entry: Entry) -> str:

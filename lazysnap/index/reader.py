@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from lazysnap.errors import InvalidArgument
 from lazysnap.index.layout import (
     CHUNK,
+    CHUNK_DIGEST,
     CHUNK_MEMBER,
     FILE_OFFSET_AT,
     KEYS,
@@ -61,7 +62,7 @@ class LayerIndex(TreeIndex):
             object_key, partial_key = KEYS.unpack_from(self._raw, at)
             return object_key, partial_key
         if count == 1:
-            *_, checked, digest = CHUNK.unpack_from(self._raw, self._chunks + first * CHUNK.size)
+            checked, digest = CHUNK_DIGEST.unpack_from(self._raw, self._chunks + first * CHUNK.size)
             if checked:
                 return digest, None
         return NO_KEY, None

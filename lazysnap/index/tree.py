@@ -12,9 +12,15 @@ do not hide its own files. Knows nothing of chunks or bytes.
 from __future__ import annotations
 
 import stat
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from lazysnap.errors import FormatError, NotLazy
 from lazysnap.index.model import IMPLIED, LISTED_ROOT, OPAQUE, WHITEOUT
+
+if TYPE_CHECKING:
+    from lazysnap.index.content import Content
 
 MAX_NODES = 2_000_000
 _MAX_NAME = 255
@@ -26,41 +32,28 @@ _OPAQUE_MARKER = ".wh..wh..opq"
 _PENDING = 0  # the mode of a hard link whose target has not been seen yet
 
 
-class Node:
-    """An inode while the tree grows."""
+class Node(msgspec.Struct, eq=False, gc=False):
+    """An inode while the tree grows. No node knows those above it, so there are no cycles."""
 
-    __slots__ = (
-        "children",
-        "content",
-        "flags",
-        "gid",
-        "link",
-        "mode",
-        "mtime_ns",
-        "nlink",
-        "number",
-        "path_length",
-        "rdev",
-        "size",
-        "uid",
-        "xattrs",
-    )
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    content: Content | None = None
+    children: dict[bytes, Node] | None = None
+    link: str = ""
+    xattrs: dict[bytes, bytes] | None = None
+    rdev: int = 0
+    flags: int = 0
+    nlink: int = 0
+    number: int = -1  # given by whoever writes the tree down
+    path_length: int = 0  # of directories, in bytes
 
-    def __init__(self, mode: int) -> None:
-        self.mode = mode
-        self.uid = 0
-        self.gid = 0
-        self.nlink = 0
-        self.rdev = 0
-        self.size = 0
-        self.mtime_ns = 0
-        self.flags = 0
-        self.number = -1  # given by whoever writes the tree down
-        self.path_length = 0  # of directories, in bytes
-        self.link = ""
-        self.xattrs: dict[bytes, bytes] | None = None
-        self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
-        self.content: object = None  # belongs to whoever adds regular files
+
+def directory(mode: int = 0o755, flags: int = 0) -> Node:
+    """An empty directory."""
+    return Node(stat.S_IFDIR | mode, children={}, flags=flags)
 
 
 def clean(name: str) -> list[str]:
@@ -96,7 +89,7 @@ class Tree:
     """Grows a tree; `finish` once after the last entry."""
 
     def __init__(self, max_nodes: int = MAX_NODES) -> None:
-        self.root = Node(stat.S_IFDIR | 0o755)
+        self.root = directory()
         self.recorded_root: Node | None = None
         self._left = max_nodes
         self._steps = _MAX_STEPS
@@ -150,8 +143,7 @@ class Tree:
         check_text(target, "link target")
         found = self._find(clean(target))
         if found is None or found.mode == _PENDING:
-            pending = Node(_PENDING)
-            pending.link = target
+            pending = Node(_PENDING, link=target)
             place = self._place(name)
             if place is None:
                 return
@@ -183,9 +175,7 @@ class Tree:
             assert children is not None
             if key not in children:
                 self._count()
-                children[key] = node = Node(stat.S_IFCHR)
-                node.flags = WHITEOUT
-                node.mtime_ns = mtime_ns
+                children[key] = Node(stat.S_IFCHR, mtime_ns=mtime_ns, flags=WHITEOUT)
 
     def _end(self, pending: Node, ends: dict[Node, Node]) -> Node:
         """The inode that a chain of hard links leads to."""
@@ -210,7 +200,8 @@ class Tree:
 
     def _place(self, name: str) -> tuple[Node, str] | None:
         """The directory and the last component of a name; None for the root."""
-        check_text(name, "name")
+        if "\0" in name or "\ufffd" in name:
+            check_text(name, "name")
         head, _, base = name.rstrip("/").rpartition("/")
         if base in ("", ".", ".."):
             parts = clean(name)
@@ -289,8 +280,7 @@ class Tree:
             raise FormatError(f"a directory has the name of a whiteout: {base[:100]!r}")
         key = self._key(parent, base)
         self._count()
-        node = Node(stat.S_IFDIR | 0o755)
-        node.flags = IMPLIED
+        node = directory(flags=IMPLIED)
         node.path_length = parent.path_length + 1 + len(key)
         assert parent.children is not None
         parent.children[key] = node

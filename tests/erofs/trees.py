@@ -57,7 +57,7 @@ def node(
         xattrs: extended attributes.
         fields: further ones of `Node`.
     """
-    made = Node(kind | mode)
+    made = Node(kind | mode, children={} if kind == stat.S_IFDIR else None)
     made.xattrs = xattrs or None
     made.link = link
     made.size = len(link.encode()) if kind == stat.S_IFLNK else size
