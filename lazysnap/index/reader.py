@@ -23,6 +23,8 @@ from lazysnap.index.layout import (
     NAME_PREFIX,
     NAMED,
     NO_MEMBER,
+    NODE,
+    NODE_SIZE,
     NUMBER,
     U64,
 )
@@ -41,11 +43,13 @@ class LayerIndex(TreeIndex):
         Raises:
             InvalidArgument: it is none.
         """
-        attributes = self.attributes(node)
-        if not stat.S_ISREG(attributes.mode):
+        self._check(node, self.node_count, "node")
+        mode, *_, size, _, _, first, count, _, keys, _ = NODE.unpack_from(
+            self._raw, self._nodes + node * NODE_SIZE
+        )
+        if not stat.S_ISREG(mode):
             raise InvalidArgument(f"node {node} is not a regular file")
-        first, count, _, keys, _ = self._place(node)
-        return FileContent(attributes.size, first, count, *self.content_keys(first, count, keys))
+        return FileContent(size, first, count, *self.content_keys(first, count, keys))
 
     def content_keys(self, first: int, count: int, keys: int) -> tuple[bytes, bytes | None]:
         """Object key and partial key of a regular file, see `FileContent`.

@@ -65,9 +65,13 @@ def of_range(index: LayerIndex, node: int, offset: int, size: int) -> Iterator[i
         offset: where the range begins, in bytes.
         size: in bytes; may reach beyond the end of the file.
     """
-    end = min(offset + size, index.file(node).size)
+    file = index.file(node)
+    end = min(offset + size, file.size)
     if 0 <= offset < end:
-        for i in range(index.chunk_at(node, offset), index.chunk_at(node, end - 1) + 1):
+        first = last = file.first_chunk
+        if file.chunk_count > 1:
+            first, last = index.chunk_at(node, offset), index.chunk_at(node, end - 1)
+        for i in range(first, last + 1):
             member = index.chunk(i).member
             if member >= 0:
                 yield member

@@ -148,16 +148,19 @@ def coalesce(reads: Iterable[Read]) -> list[Read]:
     return sorted(joined, key=lambda read: (read.at_ms, read.path, read.offset))
 
 
-def plan(index: LayerIndex, reads: Sequence[Read]) -> Plan:
-    """The members that the reads of a layer need, in the order in which they are needed.
+def plan(index: LayerIndex, found: Iterable[tuple[int, Read]]) -> Plan:
+    """The members that reads of a layer need, in the order in which they are needed.
 
     Those that are needed one soon after the other are put in the order of the blob, with small gaps
     filled, so that few requests bring them.
+
+    Args:
+        index: of the layer.
+        found: the reads, as `locate` returns them.
     """
     first_need: dict[int, int] = {}
-    # Joined again, so that a forged profile cannot name the same range a million times.
-    for read in coalesce(reads):
-        for number in members_of(index, read):
+    for node, read in found:
+        for number in of_range(index, node, read.offset, read.length):
             first_need[number] = min(first_need.get(number, read.at_ms), read.at_ms)
     wanted: dict[int, float] = {}
     batch: list[int] = []
@@ -190,30 +193,35 @@ def _close(index: LayerIndex, batch: list[int], at: int, wanted: dict[int, float
         wanted.setdefault(number, at)
 
 
-def node_of(index: LayerIndex, read: Read) -> int:
-    """The file that a read is of; -1 if there is no such file, or it has not so many bytes."""
+def locate(index: LayerIndex, reads: Iterable[Read]) -> list[tuple[int, Read]]:
+    """The files that some reads are of, with these reads, which are joined and in the order of need.
+
+    Without reads of what the layer does not have.
+    """
+    directories: dict[str, int] = {}
+    found = []
+    # Joined again, so that a forged profile cannot name the same range a million times.
+    for read in coalesce(reads):
+        end = read.path.rfind("/") + 1
+        directory = directories.get(read.path[:end])
+        if directory is None:
+            directory = directories[read.path[:end]] = _walk(index, read.path[:end])
+        node = -1 if directory < 0 else index.lookup(directory, read.path[end:].encode())
+        if node >= 0:
+            attributes = index.attributes(node)
+            if stat.S_ISREG(attributes.mode) and read.offset < attributes.size:
+                found.append((node, read))
+    return found
+
+
+def _walk(index: LayerIndex, path: str) -> int:
+    """The directory of a path that is empty or ends with a slash; -1 if there is none."""
     node = 0
-    for name in read.path.encode().split(b"/"):
+    for name in path.encode().split(b"/")[:-1]:
         node = index.lookup(node, name)
         if node < 0:
-            return -1
-    attributes = index.attributes(node)
-    if not stat.S_ISREG(attributes.mode) or read.offset >= attributes.size or read.length <= 0:
-        return -1
+            break
     return node
-
-
-def nodes_of(index: LayerIndex, reads: Iterable[Read]) -> set[int]:
-    """The files that some reads are of."""
-    return {node_of(index, read) for read in reads} - {-1}
-
-
-def members_of(index: LayerIndex, read: Read) -> Iterable[int]:
-    """The members that a read needs; none if it is of nothing that the layer has."""
-    node = node_of(index, read)
-    if node < 0:
-        return ()
-    return of_range(index, node, read.offset, read.length)
 
 
 def from_reads(

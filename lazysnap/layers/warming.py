@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from lazysnap.cache import Cache
 from lazysnap.layers.fetch import Plan
-from lazysnap.layers.profile import Read, coalesce, node_of, plan
+from lazysnap.layers.profile import Read, plan
 from lazysnap.layers.trees import tree_name
 from lazysnap.layers.view import LayerView
 
@@ -23,13 +23,13 @@ _MOST = 256 << 20
 _TREE_MOST = 32 << 20
 
 
-def prepare_start(cache: Cache, layer: LayerView, reads: Sequence[Read]) -> Plan:
+def prepare_start(cache: Cache, layer: LayerView, found: Sequence[tuple[int, Read]]) -> Plan:
     """Begin to read what is local, and plan to fetch the rest.
 
     Args:
         cache: that may have contents of the layer.
         layer: whose files a container is going to read.
-        reads: what a profile says of the layer.
+        found: what a profile says of the layer, see `locate`.
 
     Returns:
         A plan of what is not local, and perhaps of more: it skips what it finds.
@@ -38,16 +38,13 @@ def prepare_start(cache: Cache, layer: LayerView, reads: Sequence[Read]) -> Plan
     _begin_reading(os.path.join(cache.trees, tree_name(record.index, record.inherited)))
     missing = []
     left = _MOST
-    for read in coalesce(reads):
-        node = node_of(index, read)
-        if node < 0:
-            continue
+    for node, read in found:
         file = index.file(node)
         length = min(read.length, file.size - read.offset)
         # Opened as by a reader, so that eviction knows of this use; the kernel does not tell of its own.
         fd = cache.objects.open(file.object_key, file.size) if length <= left else None
         if fd is None:
-            missing.append(read)
+            missing.append((node, read))
             continue
         left -= length
         _advise(fd, read.offset, length)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.profile import Read, coalesce, members_of
+from lazysnap.layers.members import of_range
+from lazysnap.layers.profile import Read, coalesce, locate
 from lazysnap.layers.schedule import Priority
 from lazysnap.layers.trace import Fetched, Told, Waited
 from lazysnap.report.model import Layer, Savings, Use, Wait
@@ -35,10 +36,9 @@ def use(index: LayerIndex, told: Told, reads: Sequence[Read] | None) -> Use:
     touched = set(waited)
     read = sum(event.size for event in told.waited)
     if reads is not None:
-        joined = coalesce(reads)
-        for each in joined:
-            touched.update(members_of(index, each))
-        read = sum(each.length for each in joined)
+        for node, each in locate(index, reads):
+            touched.update(of_range(index, node, each.offset, each.length))
+        read = sum(each.length for each in coalesce(reads))
     counts = {"hits": 0, "late": 0, "along": 0, "missed": 0, "before": 0}
     for number in touched:
         if number in waited:

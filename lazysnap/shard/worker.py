@@ -44,7 +44,7 @@ from lazysnap.layers.ahead import Ahead
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher, Plan
 from lazysnap.layers.guess import Guesser
-from lazysnap.layers.profile import Read, landmark_plan, nodes_of
+from lazysnap.layers.profile import Read, landmark_plan, locate
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Priority, Scheduler
 from lazysnap.layers.seeded import SeededSource
@@ -219,10 +219,11 @@ class Worker:
         try:
             if reads:
                 wanted = msgspec.convert(reads, list[Read])
+                found = await trio.to_thread.run_sync(locate, layer.index, wanted)
                 guesser = self._guessers.get(layer.record.index)
                 if guesser is not None:  # else the layer is gone already
-                    guesser.expect(await trio.to_thread.run_sync(nodes_of, layer.index, wanted))
-                plan = await trio.to_thread.run_sync(prepare_start, self.cache, layer, wanted)
+                    guesser.expect(node for node, _ in found)
+                plan = await trio.to_thread.run_sync(prepare_start, self.cache, layer, found)
             else:
                 plan = landmark_plan(layer.index) or Plan(())
         except (LazysnapError, msgspec.ValidationError) as error:

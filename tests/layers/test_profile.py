@@ -14,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazysnap.errors import FormatError
+from lazysnap.index.reader import LayerIndex
 from lazysnap.layers import profile as module
+from lazysnap.layers.fetch import Plan
 from lazysnap.layers.profile import (
     Profile,
     Read,
     coalesce,
     from_reads,
     landmark_plan,
+    locate,
     merge,
     parse,
     plan,
@@ -48,6 +51,10 @@ _profiles = st.builds(
     command=st.lists(st.text(), max_size=3),
     layers=st.dictionaries(st.text(), _reads, max_size=3),
 )
+
+
+def _plan(index: LayerIndex, reads: list[Read]) -> Plan:
+    return plan(index, locate(index, reads))
 
 
 def _bytes_of(found: list[Read]) -> set[tuple[str, int]]:
@@ -86,7 +93,7 @@ def test_any_json_is_a_profile_or_a_format_error(
     fields = {"version": 1, "manifest": a, "command": b, "layers": {"x": [["a", 0, c, d]]}}
     for value in (a, fields, {"manifest": "m", "layers": {"x": [["a", c, d, 0]]}}):
         try:
-            plan(INDEX, parse(json.dumps(value).encode()).layers.get("x", []))
+            _plan(INDEX, parse(json.dumps(value).encode()).layers.get("x", []))
         except FormatError:
             continue
 
@@ -151,7 +158,7 @@ def test_merging_is_the_union_with_the_earlier_times(one: list[Read], other: lis
 @_quickly
 @given(_reads)
 def test_a_plan_names_what_is_read_once_in_the_order_of_need(found: list[Read]) -> None:
-    made = plan(INDEX, found)
+    made = _plan(INDEX, found)
     members = list(made.members)
     assert len(set(members)) == len(members) == len(made.wanted_at)
     assert all(0 <= number < INDEX.member_count for number in members)
@@ -176,8 +183,8 @@ def test_gaps_are_filled_when_they_are_small() -> None:
     data = _RANDOM.randbytes(4 << 20)
     index = index_of(estargz([file("f", data)], chunk_size=16 << 10))
     chunk = 16 << 10
-    near = plan(index, [Read("f", 0, 1, 0), Read("f", 2 * chunk, 1, 0)])
-    far = plan(index, [Read("f", 0, 1, 0), Read("f", 9 * chunk, 1, 0)])
+    near = _plan(index, [Read("f", 0, 1, 0), Read("f", 2 * chunk, 1, 0)])
+    far = _plan(index, [Read("f", 0, 1, 0), Read("f", 9 * chunk, 1, 0)])
     assert len(near.members) == 3
     assert len(far.members) == 2
 
@@ -187,14 +194,14 @@ def test_needs_far_apart_are_not_put_in_the_order_of_the_blob() -> None:
     index = index_of(
         estargz([file("a", data[: 8 << 20]), file("b", data[8 << 20 :])], chunk_size=1 << 20)
     )
-    made = plan(index, [Read("b", 0, 8 << 20, 10), Read("a", 0, 8 << 20, 5000)])
+    made = _plan(index, [Read("b", 0, 8 << 20, 10), Read("a", 0, 8 << 20, 5000)])
     halves = [number >= index.member_count // 2 for number in made.members]
     assert halves == sorted(halves, reverse=True)
 
 
 def test_a_profile_that_names_the_same_range_very_often_costs_little() -> None:
     index = index_of(estargz([file("f", bytes(4 << 20))], chunk_size=1024))
-    made = plan(index, [Read("f", 0, 4 << 20, n) for n in range(100_000)])
+    made = _plan(index, [Read("f", 0, 4 << 20, n) for n in range(100_000)])
     assert len(made.members) == 4096
 
 

@@ -15,7 +15,9 @@ import pytest
 from lazysnap.cache import Cache
 from lazysnap.index.codec import build, encode
 from lazysnap.layers import warming
-from lazysnap.layers.profile import Read, members_of
+from lazysnap.layers.fetch import Plan
+from lazysnap.layers.members import of_file
+from lazysnap.layers.profile import Read, locate
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
 from lazysnap.layers.view import LayerView, open_index
@@ -48,9 +50,13 @@ class _Start:
         for path in (self.tree, self.objects["a"], self.objects["b"]):
             _drop(path)
 
+    def plan(self, reads: list[Read]) -> Plan:
+        return prepare_start(self.cache, self.layer, locate(self.layer.index, reads))
+
     def members(self, *names: str) -> list[int]:
-        found = [members_of(self.layer.index, read) for read in _READS if read.path in names]
-        return sorted({member for members in found for member in members})
+        index = self.layer.index
+        found = locate(index, [read for read in _READS if read.path in names])
+        return sorted({member for node, _ in found for member in of_file(index, node)})
 
 
 def _drop(path: str) -> None:
@@ -83,7 +89,7 @@ def start(tmp_path: Path) -> _Start:
 
 
 def test_what_is_local_is_read_and_the_rest_planned(start: _Start) -> None:
-    plan = prepare_start(start.cache, start.layer, [*_READS, Read("none", 0, 9, 0)])
+    plan = start.plan([*_READS, Read("none", 0, 9, 0)])
     assert sorted(plan.members) == start.members("c")
     for path in (start.tree, start.objects["a"], start.objects["b"]):
         wait_until(lambda path=path: _in_memory(path))
@@ -92,7 +98,7 @@ def test_what_is_local_is_read_and_the_rest_planned(start: _Start) -> None:
 def test_no_more_is_read_than_the_limit(start: _Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """`b` comes before `a` in the order of need; there is room for one of them."""
     monkeypatch.setattr(warming, "_MOST", _SIZE + 1)
-    plan = prepare_start(start.cache, start.layer, _READS)
+    plan = start.plan(_READS)
     assert set(start.members("a", "c")) <= set(plan.members)
     wait_until(lambda: _in_memory(start.objects["b"]))
     assert not _in_memory(start.objects["a"])
@@ -100,5 +106,5 @@ def test_no_more_is_read_than_the_limit(start: _Start, monkeypatch: pytest.Monke
 
 def test_what_the_cache_is_not_sure_of_is_planned(start: _Start) -> None:
     start.cache.objects.demote(hashlib.sha256(_DATA["a"]).digest())
-    plan = prepare_start(start.cache, start.layer, _READS)
+    plan = start.plan(_READS)
     assert set(start.members("a", "c")) <= set(plan.members)
