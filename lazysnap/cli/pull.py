@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lazysnap pull`: has the daemon pull, or loads what that takes, `pulling`, and does it itself."""
+"""`lazysnap pull`: has the daemon pull, or loads what that takes, `pulling`, and does it itself.
+
+The daemon is asked before anything else, as it works while this process loads the rest.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform as machine
 import signal
 import time
 from collections.abc import Iterator
@@ -14,14 +16,9 @@ from typing import NoReturn
 
 import click
 
-from lazysnap import log, places
-from lazysnap.cli import pulled
-from lazysnap.errors import LazysnapError
-from lazysnap.platforms import Platform
-from lazysnap.pull.delegation import delegate
-from lazysnap.reference import Reference
+from lazysnap import places
+from lazysnap.pull.asking import ask
 
-_log = log.get(__name__)
 _MACHINES = {"armv6l": "arm/v6", "armv7l": "arm/v7"}
 """uname's names that are not architecture names of OCI, nor known to `Platform` as another's."""
 _OTHERS = frozenset({"overlayfs", "native"})
@@ -64,28 +61,27 @@ def command(
     debug: bool,
 ) -> None:
     """Pull the image REF into containerd; lazy layers are mounted, not downloaded."""
-    log.setup("debug" if debug else "warning")
     began = time.monotonic()
-    parsed = Reference.parse(reference)
-    wanted = Platform.parse(platform or _host_platform())
+    platform = platform or _host_platform()
     place = {"address": address, "namespace": namespace, "snapshotter": snapshotter}
     result = documents = None
-    if snapshotter not in _OTHERS:
-        there = {**place, "address": os.path.abspath(address)}
-        with _signals_exit(), contextlib.ExitStack() as stack:
-            delegation = delegate(root, parsed, wanted, **there)
-            if delegation is not None:
-                try:
-                    result = delegation.follow(stack.enter_context(pulled.progress()))
-                except LazysnapError as error:
-                    # Whatever is wrong with the image will be said below.
-                    _log.debug("the daemon does not pull", error=error)
-                documents = delegation.documents
+    with _signals_exit():
+        asked = None
+        if snapshotter not in _OTHERS:
+            there = {**place, "address": os.path.abspath(address)}
+            asked = ask(root, reference, platform, **there)
+        # Only now, as the daemon is at work meanwhile.
+        from lazysnap import log
+        from lazysnap.cli import following, pulled
+
+        log.setup("debug" if debug else "warning")
+        if asked is not None:
+            result, documents = following.follow(asked)
     if result is None:
         # Only now, as this takes a quarter of a second.
         from lazysnap.cli import pulling
 
-        result = pulling.run(documents, parsed, wanted, **place, plain_http=plain_http)
+        result = pulling.run(documents, reference, platform, **place, plain_http=plain_http)
     pulled.show(result, time.monotonic() - began, as_json=as_json)
 
 
@@ -105,5 +101,5 @@ def _signals_exit() -> Iterator[None]:
 
 
 def _host_platform() -> str:
-    name = machine.machine()
+    name = os.uname().machine
     return f"linux/{_MACHINES.get(name, name)}"

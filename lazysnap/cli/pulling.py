@@ -18,8 +18,8 @@ from lazysnap.registry.client import Registry
 
 def run(
     documents: Mapping[str, Any] | None,
-    reference: Reference,
-    platform: Platform,
+    reference: str,
+    platform: str,
     *,
     address: str,
     namespace: str,
@@ -30,27 +30,28 @@ def run(
 
     Args:
         documents: what the daemon has told of the image, if there is a daemon.
-        reference: of the image.
-        platform: which of the image's platforms.
+        reference: of the image, as people type it.
+        platform: which of the image's platforms, as people type it.
         address: containerd's socket.
         namespace: of containerd.
         snapshotter: its name in containerd's configuration.
         plain_http: speak HTTP without TLS to the registry.
 
     Raises:
-        LazysnapError: the pull failed.
+        LazysnapError: the pull failed, or what is to be pulled is malformed.
     """
+    image_name, wanted = Reference.parse(reference), Platform.parse(platform)
 
     async def work() -> PullResult:
         async with Containerd(address, namespace) as containerd, Registry() as registry:
             if plain_http:
-                registry.allow_plain_http(reference.host)
+                registry.allow_plain_http(image_name.host)
             image = None
             if documents is not None:
-                image = await image_of(documents, reference, platform)
+                image = await image_of(documents, image_name, wanted)
             with pulled.progress() as progress:
                 return await pull(
-                    reference, containerd, registry, snapshotter, platform, progress, image
+                    image_name, containerd, registry, snapshotter, wanted, progress, image
                 )
 
     return interrupt.run(work)

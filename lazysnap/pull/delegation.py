@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the daemon of this node pull an image, which it can if all of its layers are lazy.
+"""Follows the daemon of this node while it pulls an image, which it can if all of its layers are lazy.
 
-The daemon has loaded what a pull needs; a command would take a quarter of a second for that, as long as
-all the rest. So this module loads next to nothing. What the daemon does is in `delegated`.
+It is asked by `asking`; what it does is in `delegated`. Of what a pull needs nothing is loaded here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +15,8 @@ from lazysnap import frames
 from lazysnap.digest import Digest
 from lazysnap.errors import Unavailable
 from lazysnap.oci import Descriptor
-from lazysnap.platforms import Platform
 from lazysnap.pull.progress import LayerResult, LayerState, Progress, PullResult
-from lazysnap.reference import Reference
 
-# The daemon is on this machine, so it listens or there is none.
-_SECONDS = 0.2
 _RESOLVE_SECONDS = 10.0
 # After a signal, for what the daemon has to take back.
 _END_SECONDS = 15.0
@@ -32,7 +26,7 @@ class Delegation:
     """A pull that the daemon was asked to do.
 
     Args:
-        connection: on which it was asked; is closed by `follow`.
+        connection: on which it was asked, see `asking.ask`; is closed by `follow`.
 
     Attributes:
         documents: of the image, as soon as the daemon has told them: see `pack_documents`.
@@ -96,35 +90,6 @@ class Delegation:
             self._connection.settimeout(_END_SECONDS)
             while self._connection.recv(1 << 16):
                 pass
-
-
-def delegate(
-    root: str, reference: Reference, platform: Platform, **place: str
-) -> Delegation | None:
-    """Ask the daemon.
-
-    Args:
-        root: lazysnap's root directory.
-        reference: of the image.
-        platform: which of the image's platforms.
-        place: where the image goes: `address` of containerd's socket, `namespace`, `snapshotter`.
-
-    Returns:
-        None if there is no daemon, which is no reason not to pull.
-    """
-    arguments = {"reference": reference.name, "platform": str(platform), **place}
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_SECONDS)
-    try:
-        connection.connect(os.path.join(root, "daemon.sock"))
-        connection.sendall(frames.pack({"call": "pull", "args": arguments}))
-    except OSError:
-        connection.close()
-        return None
-    except BaseException:
-        connection.close()
-        raise
-    return Delegation(connection)
 
 
 def pack_result(result: PullResult) -> dict[str, Any]:

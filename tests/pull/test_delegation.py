@@ -17,8 +17,9 @@ from lazysnap import channel
 from lazysnap.channel import Tell
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError, NotLazy, Unavailable
+from lazysnap.pull.asking import ask
 from lazysnap.pull.delegated import image_of, pack_documents
-from lazysnap.pull.delegation import delegate, pack_result
+from lazysnap.pull.delegation import Delegation, pack_result
 from lazysnap.pull.progress import LayerResult, LayerState, Progress, PullResult
 from lazysnap.reference import Reference
 from lazysnap.registry import Image, Registry
@@ -54,6 +55,12 @@ class _Noted(Progress):
         self.events.append((layer, state))
 
 
+def _ask(root: Path) -> Delegation:
+    connection = ask(str(root), REFERENCE.name, "linux/amd64", **PLACE)
+    assert connection is not None
+    return Delegation(connection)
+
+
 async def _follow(
     root: Path, says: Handler
 ) -> tuple[PullResult | LazysnapError, Any, list[object]]:
@@ -68,8 +75,7 @@ async def _follow(
     async with trio.open_nursery() as nursery:
         path = str(root / "daemon.sock")
         await nursery.start(partial(channel.serve, path, {}, telling={"pull": pull}))
-        delegation = delegate(str(root), REFERENCE, AMD64, **PLACE)
-        assert delegation is not None
+        delegation = _ask(root)
         outcome: PullResult | LazysnapError
         try:
             outcome = await trio.to_thread.run_sync(delegation.follow, noted)
@@ -147,8 +153,7 @@ async def test_hanging_up_ends_the_pull_and_waits_for_its_end(tmp_path: Path) ->
     async with trio.open_nursery() as nursery:
         path = str(tmp_path / "daemon.sock")
         await nursery.start(partial(channel.serve, path, {}, telling={"pull": pull}))
-        delegation = delegate(str(tmp_path), REFERENCE, AMD64, **PLACE)
-        assert delegation is not None
+        delegation = _ask(tmp_path)
         with pytest.raises(SystemExit):
             await trio.to_thread.run_sync(delegation.follow, Stops())
         assert ended == [REFERENCE.name]
@@ -156,9 +161,9 @@ async def test_hanging_up_ends_the_pull_and_waits_for_its_end(tmp_path: Path) ->
 
 
 def test_without_a_daemon_nothing_is_delegated(tmp_path: Path) -> None:
-    assert delegate(str(tmp_path), REFERENCE, AMD64, **PLACE) is None
+    assert ask(str(tmp_path), REFERENCE.name, "linux/amd64", **PLACE) is None
     (tmp_path / "daemon.sock").touch()
-    assert delegate(str(tmp_path), REFERENCE, AMD64, **PLACE) is None
+    assert ask(str(tmp_path), REFERENCE.name, "linux/amd64", **PLACE) is None
 
 
 @contextmanager
@@ -174,8 +179,7 @@ def _listening(root: Path) -> Iterator[socket.socket]:
 )
 def test_a_daemon_that_hangs_up_or_talks_nonsense(tmp_path: Path, sent: bytes) -> None:
     with _listening(tmp_path) as listener:
-        delegation = delegate(str(tmp_path), REFERENCE, AMD64, **PLACE)
-        assert delegation is not None
+        delegation = _ask(tmp_path)
         connection, _ = listener.accept()
         connection.sendall(sent)
         connection.close()
