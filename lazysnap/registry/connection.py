@@ -3,17 +3,18 @@
 
 h11 copies a body four times. Here it writes the request and reads the head of the answer, which is
 what is hard to get right; if that says how long the body is, what follows does not go through it.
-Any other body does. Takes the place of httpcore's own connection in its pool, and raises its errors.
+Any other body does. Raises the errors of httpcore, as its own connections do.
 """
 
 from __future__ import annotations
 
-import enum
 import ssl
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Callable, Mapping
+from typing import NamedTuple
 
 import h11
 import httpcore
+import httpx
 import trio
 
 _HEAD_MOST = 100 << 10
@@ -26,152 +27,149 @@ _SLOW_SECONDS = 0.02
 share the line with it do not wait for a large one."""
 
 
-class _State(enum.Enum):
-    NEW = enum.auto()
-    ACTIVE = enum.auto()
-    IDLE = enum.auto()
-    CLOSED = enum.auto()
+class Origin(NamedTuple):
+    """A server, and how to speak to it."""
+
+    scheme: str
+    host: str
+    port: int
 
 
-class Connection(httpcore.AsyncConnectionInterface):
-    """A connection to one server, made at its first request.
+class Connection:
+    """A connection to one server, made at its first request; has one request at a time.
 
     Args:
         origin: the server.
         context: for https.
-        keep_alive_seconds: for how long it may be idle.
+        released: called when it can have another request, or was closed by the end of one.
+
+    Attributes:
+        origin: as above.
+        is_closed: whether it is of no more use.
+        idle_since: when its last request ended, by trio's clock.
     """
 
     def __init__(
-        self, origin: httpcore.Origin, context: ssl.SSLContext, keep_alive_seconds: float
+        self, origin: Origin, context: ssl.SSLContext, released: Callable[[Connection], None]
     ) -> None:
-        self._origin = origin
+        self.origin = origin
+        self.is_closed = False
+        self.idle_since = float("-inf")
         self._context = context
-        self._keep_alive_seconds = keep_alive_seconds
-        self._expires = float("inf")
-        self._state = _State.NEW
-        self._stream: httpcore.AsyncNetworkStream | None = None
+        self._released = released
+        self._socket: trio.SocketStream | None = None
+        self._stream: trio.abc.Stream | None = None
 
-    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
-        """Send a request and receive the head of its answer; called by the pool."""
-        if self._state not in (_State.NEW, _State.IDLE):
-            raise httpcore.ConnectionNotAvailable
-        self._state = _State.ACTIVE
-        timeouts = request.extensions.get("timeout", {})
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and receive the head of its answer, whose body is to be closed.
+
+        Raises:
+            httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError: no answer came. The
+                connection is closed, after this and anything else that is raised.
+        """
+        timeouts: Mapping[str, float | None] = request.extensions.get("timeout", {})
         try:
             if self._stream is None:
                 self._stream = await self._connect(timeouts.get("connect"))
-            exchange = _Exchange(self._stream, timeouts.get("read"))
-            await exchange.send(request, timeouts.get("write"))
+            exchange = _Exchange(self._stream, timeouts)
+            await exchange.send(request)
             head = await exchange.receive_head()
         except h11.LocalProtocolError as error:
-            await self._abort()
+            await self.release(clean=False)
             raise httpcore.LocalProtocolError(str(error)) from error
         except BaseException:
-            await self._abort()
+            await self.release(clean=False)
             raise
         length = _length(request, head)
-        return httpcore.Response(
-            status=head.status_code,
+        return httpx.Response(
+            head.status_code,
             headers=head.headers.raw_items(),
-            content=_ParsedBody(self, exchange)
+            stream=_ParsedBody(self, exchange)
             if length is None
             else _SizedBody(self, exchange, length),
             extensions={
                 "http_version": b"HTTP/" + head.http_version,
                 "reason_phrase": head.reason,
-                "network_stream": self._stream,
             },
         )
 
-    async def _connect(self, timeout: float | None) -> httpcore.AsyncNetworkStream:
-        host = self._origin.host.decode("ascii")
-        stream = await httpcore.TrioBackend().connect_tcp(host, self._origin.port, timeout)
-        if self._origin.scheme != b"https":
-            return stream
-        self._context.set_alpn_protocols(["http/1.1"])
-        try:
-            return await stream.start_tls(self._context, host, timeout)
-        except BaseException:
-            # httpcore forgets the socket when a handshake is cancelled.
-            with trio.CancelScope(shield=True):
-                await stream.aclose()
-            raise
+    async def _connect(self, timeout: float | None) -> trio.abc.Stream:
+        with trio.move_on_after(_seconds(timeout)):
+            try:
+                self._socket = await trio.open_tcp_stream(self.origin.host, self.origin.port)
+                if self.origin.scheme != "https":
+                    return self._socket
+                self._context.set_alpn_protocols(["http/1.1"])
+                stream = trio.SSLStream(
+                    self._socket,
+                    self._context,
+                    server_hostname=self.origin.host,
+                    https_compatible=True,
+                )
+                await stream.do_handshake()
+                return stream
+            except (trio.BrokenResourceError, OSError) as error:
+                raise httpcore.ConnectError(error) from error
+        raise httpcore.ConnectTimeout
 
     async def release(self, *, clean: bool) -> None:
-        """Become idle after an exchange, or close.
+        """End an exchange: become idle, or close.
 
         Args:
             clean: both sides have said all, and want to go on.
         """
-        if clean and self._state is _State.ACTIVE:
-            self._state = _State.IDLE
-            self._expires = trio.current_time() + self._keep_alive_seconds
+        if clean and not self.is_closed:
+            self.idle_since = trio.current_time()
         else:
-            await self._abort()
-
-    async def _abort(self) -> None:
-        with trio.CancelScope(shield=True):
             await self.aclose()
+        self._released(self)
 
     async def aclose(self) -> None:
         """Close it, whatever it does."""
-        self._state = _State.CLOSED
-        if self._stream is not None:
-            await self._stream.aclose()
+        self.is_closed = True
+        stream = self._stream or self._socket
+        if stream is not None:
+            with trio.CancelScope(shield=True):
+                await stream.aclose()
 
-    def can_handle_request(self, origin: httpcore.Origin) -> bool:
-        """Whether it leads to a server."""
-        return origin == self._origin
-
-    def is_available(self) -> bool:
-        """Whether it can take a request of anybody's; a new one is for who had it made."""
-        return self._state is _State.IDLE
-
-    def has_expired(self) -> bool:
-        """Whether it was idle for too long, or the server has closed it or says what it should not."""
-        if self._state is not _State.IDLE or self._stream is None:
-            return False
-        return trio.current_time() > self._expires or self._stream.get_extra_info("is_readable")
-
-    def is_idle(self) -> bool:
-        """Whether it waits for a request."""
-        return self._state is _State.IDLE
-
-    def is_closed(self) -> bool:
-        """Whether the pool should forget it."""
-        return self._state is _State.CLOSED
-
-    def info(self) -> str:
-        """For people."""
-        return f"{str(self._origin)!r}, HTTP/1.1, {self._state.name}"
+    def is_quiet(self) -> bool:
+        """Whether the server has neither closed it nor says what it should not."""
+        return self._socket is not None and not self._socket.socket.is_readable()
 
 
 class _Exchange:
     """One request and its answer, by h11 up to the body."""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream, timeout: float | None) -> None:
+    def __init__(self, stream: trio.abc.Stream, timeouts: Mapping[str, float | None]) -> None:
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_MOST)
         self._stream = stream
-        self._timeout = timeout
+        self._read_timeout = _seconds(timeouts.get("read"))
+        self._write_timeout = _seconds(timeouts.get("write"))
 
-    async def send(self, request: httpcore.Request, timeout: float | None) -> None:
+    async def send(self, request: httpx.Request) -> None:
         """Send all of a request, unless the server stops listening."""
         assert isinstance(request.stream, AsyncIterable)
         head = h11.Request(
-            method=request.method, target=request.url.target, headers=request.headers
+            method=request.method, target=request.url.raw_path, headers=request.headers.raw
         )
+        data = self._h11.send(head) or b""
         try:
-            await self._write(head, timeout)
             async for piece in request.stream:
-                await self._write(h11.Data(data=piece), timeout)
-            await self._write(h11.EndOfMessage(), timeout)
+                await self._write(data + (self._h11.send(h11.Data(data=piece)) or b""))
+                data = b""
+            await self._write(data + (self._h11.send(h11.EndOfMessage()) or b""))
         except httpcore.WriteError:
             # It may have answered already that it does not want the rest.
             pass
 
-    async def _write(self, event: h11.Event, timeout: float | None) -> None:
-        await self._stream.write(self._h11.send(event) or b"", timeout)
+    async def _write(self, data: bytes) -> None:
+        with trio.move_on_after(self._write_timeout) as scope:
+            try:
+                await self._stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise httpcore.WriteError(error) from error
+        if scope.cancelled_caught:
+            raise httpcore.WriteTimeout
 
     async def receive_head(self) -> h11.Response:
         """The head of the final answer."""
@@ -195,7 +193,12 @@ class _Exchange:
 
     async def receive(self, most: int) -> bytes:
         """What the socket has, without h11; nothing at the end of the connection."""
-        return await self._stream.read(most, self._timeout)
+        with trio.move_on_after(self._read_timeout):
+            try:
+                return bytes(await self._stream.receive_some(most))
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise httpcore.ReadError(error) from error
+        raise httpcore.ReadTimeout
 
     def beyond(self) -> bytes:
         """What was received that h11 has not looked at."""
@@ -207,15 +210,33 @@ class _Exchange:
         return self._h11.our_state is h11.DONE
 
 
-class _ParsedBody:
-    """A body of which only h11 knows the end.
+class _Body(httpx.AsyncByteStream):
+    """A body to be read once, and closed.
 
-    This and the next are objects and not generators, so that nothing is left suspended.
+    This and the next two are objects and not generators, so that nothing is left suspended.
     """
 
     def __init__(self, connection: Connection, exchange: _Exchange) -> None:
-        self._connection = connection
+        self._connection: Connection | None = connection
         self._exchange = exchange
+
+    def _is_clean(self) -> bool:
+        """Whether all was received, and the connection can have another request."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Give up the rest."""
+        # Another time the connection may be somebody else's.
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.release(clean=self._is_clean())
+
+
+class _ParsedBody(_Body):
+    """A body of which only h11 knows the end."""
+
+    def __init__(self, connection: Connection, exchange: _Exchange) -> None:
+        super().__init__(connection, exchange)
         self._ended = False
 
     def __aiter__(self) -> _ParsedBody:
@@ -229,20 +250,15 @@ class _ParsedBody:
             self._ended = True
         raise StopAsyncIteration
 
-    async def aclose(self) -> None:
-        """Give up the rest; called once, by the pool."""
-        exchange = self._exchange
-        await self._connection.release(
-            clean=self._ended and exchange.reusable and not exchange.beyond()
-        )
+    def _is_clean(self) -> bool:
+        return self._ended and self._exchange.reusable and not self._exchange.beyond()
 
 
-class _SizedBody:
-    """A body of which the head told the length; called as above."""
+class _SizedBody(_Body):
+    """A body of which the head told the length."""
 
     def __init__(self, connection: Connection, exchange: _Exchange, length: int) -> None:
-        self._connection = connection
-        self._exchange = exchange
+        super().__init__(connection, exchange)
         beyond = exchange.beyond()
         self._first = beyond[:length]
         self._left = length
@@ -266,17 +282,21 @@ class _SizedBody:
         self._handed_on = trio.current_time()
         return piece
 
-    async def aclose(self) -> None:
-        """Give up the rest; called once, by the pool."""
-        await self._connection.release(clean=not self._left and self._reusable)
+    def _is_clean(self) -> bool:
+        return not self._left and self._reusable
 
 
-def _length(request: httpcore.Request, head: h11.Response) -> int | None:
+def _length(request: httpx.Request, head: h11.Response) -> int | None:
     """Bytes of a body of known length; for all other cases see RFC 9112, section 6.3."""
     headers = dict(head.headers)
-    if request.method != b"GET" or head.status_code not in (200, 206):
+    if request.method != "GET" or head.status_code not in (200, 206):
         return None
     if b"transfer-encoding" in headers or b"content-length" not in headers:
         return None
     # h11 has made sure that it is one, and a number.
     return int(headers[b"content-length"])
+
+
+def _seconds(timeout: float | None) -> float:
+    """A time limit of httpx as one of trio."""
+    return float("inf") if timeout is None else timeout

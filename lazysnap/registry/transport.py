@@ -7,8 +7,8 @@ budgets belongs. It follows no redirect, knows no credentials, retries nothing: 
 here wants its cookies, redirects and hooks, and preparing for them takes much of a request's CPU time.
 
 Whatever happens, a connection is either returned clean to the pool or closed; cancellation
-included. That needs care because a half-read body of httpx is a stack of suspended asynchronous
-generators, see `Answer.aclose`.
+included. That needs care because a half-read body that comes through a proxy is a stack of suspended
+asynchronous generators, see `Answer.aclose`.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class Answer:
             raise
         except BaseException as error:
             self._ended = True
+            await self._stream.aclose()
             if isinstance(error, _TIMEOUT):
                 raise Fault(f"{self.url_host} sent nothing more in time") from error
             if isinstance(error, _BROKEN):
@@ -178,7 +179,7 @@ class Answer:
     async def aclose(self) -> None:
         """Give up the rest of the body.
 
-        httpx and httpcore stack several asynchronous generators, and closing the outermost leaves
+        Behind proxies httpx and httpcore stack asynchronous generators, and closing the outermost leaves
         the inner ones to the garbage collector. So the body is closed under them, and then they end
         in order, as the innermost has nothing more to read. Not the socket: if the body just happens
         to be over, the pool would offer a closed one to the next request.

@@ -69,10 +69,12 @@ class Scripted:
         self.pieces = pieces
         self.hang_up = hang_up
         self.connections = 0
+        self.open = 0
         self.url = ""
 
     async def serve(self, stream: trio.SocketStream) -> None:
         self.connections += 1
+        self.open += 1
         head = b""
         try:
             while data := await stream.receive_some(65536):
@@ -86,6 +88,8 @@ class Scripted:
                     await stream.send_eof()
         except trio.BrokenResourceError:
             pass  # the client has seen enough
+        finally:
+            self.open -= 1
 
 
 @asynccontextmanager
