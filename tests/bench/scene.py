@@ -23,9 +23,10 @@ from pathlib import Path
 from fixtures import sides
 from fixtures.containerd import Containerd, containerd
 from fixtures.images.catalogue import Built
-from fixtures.processes import FixtureError, accepts, daemon, kill_leftovers, run, unmount_below
+from fixtures.processes import FixtureError, accepts, daemon, run
 from tests.support import compare
 
+from . import slots
 from .ledger import Totals
 from .origin import Network, Origin
 
@@ -217,14 +218,14 @@ def scene(
     """Set up a side.
 
     Args:
-        place: Existing directory for the scene's own.
+        place: Directory of the run; the scene's own is beside it, see `slots`.
         origin: The registry.
         side: The snapshotter.
         network: The way to the registry.
         form: Of the images, if it is not the one that the side is made for.
         config: Content of lazysnap's configuration file.
     """
-    work = place / "s"
+    work = slots.rested(place.with_name(f"{place.name}-scenes")) / slots.SCENE
     work.mkdir()
     try:
         with contextlib.ExitStack() as stack:
@@ -245,9 +246,7 @@ def scene(
         _keep_logs(work, place.with_name(f"{place.name}-logs"))
         raise
     finally:
-        kill_leftovers(work)
-        unmount_below(work)
-        shutil.rmtree(work)
+        slots.clear(work)
 
 
 @contextlib.contextmanager
