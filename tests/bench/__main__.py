@@ -137,7 +137,7 @@ def _repeat(
     server: Origin,
     runs: list[Run],
 ) -> None:
-    image = measure.image()
+    image = measure.prepare(sides)
     if measure.learn is not None and any(side.name == LAZYSNAP for side in sides):
         try:
             with _bounded(), scene(_WORK, server, Side(LAZYSNAP), NETWORKS["unlimited"]) as it:
@@ -155,9 +155,10 @@ def _repeat(
                 with (
                     _bounded(),
                     scene(
-                        _WORK, server, side, network, form=measure.form, config=measure.config
+                        _WORK, server, side, network,
+                        form=measure.form_for(side), config=measure.config,
                     ) as it,
-                ):
+                ):  # fmt: skip
                     values, error = measure.run(it, image), ""
             except (FixtureError, OSError, subprocess.SubprocessError) as problem:
                 values, error = {}, str(problem)

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
 from fixtures.images import big
 from fixtures.images.catalogue import Built
-from fixtures.processes import run
 from fixtures.sides import drop_page_cache
 
 from .origin import NETWORKS
@@ -55,10 +53,7 @@ def _curl(scene: Scene, image: Built, size: int) -> float:
     scene.origin.reference(image, scene.side.form, scene.network)
     manifest = scene.origin.server.manifest(image.repository, scene.side.form)
     digest = max(manifest["layers"], key=lambda layer: int(layer["size"]))["digest"]
-    url = f"http://{scene.origin.host(scene.network)}/v2/{image.repository}/blobs/{digest}"
-    began = time.monotonic()
-    run(["curl", "-sS", "--fail", "-o", "/dev/null", "--range", f"0-{size - 1}", url])
-    return size / (time.monotonic() - began)
+    return size / scene.origin.curl(image, scene.network, {digest: size})
 
 
 def _parts(scene: Scene, image: Built) -> Values:

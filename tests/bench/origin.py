@@ -14,12 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fixtures.images.catalogue import DEFAULT_ROOT, Built
-from fixtures.processes import FixtureError, accepts, daemon, free_port
+from fixtures.processes import FixtureError, accepts, daemon, free_port, run
 from fixtures.registry import Registry, registry
 
 from . import ledger
@@ -131,6 +131,23 @@ class Origin:
             yield
         finally:
             os.kill(self._pid, signal.SIGCONT)
+
+    def curl(self, image: Built, network: Network, sizes: Mapping[str, int]) -> float:
+        """Seconds that a network takes for one who only wants the bytes.
+
+        Args:
+            image: Whose blobs; they are in memory, see `reference`.
+            network: The way.
+            sizes: Bytes, at least one, from the beginning of each blob, by digest.
+        """
+        command = ["curl"]
+        for digest, size in sizes.items():
+            if len(command) > 1:
+                command.append("--next")  # on the same connection, but with options of its own
+            url = f"http://{self.host(network)}/v2/{image.repository}/blobs/{digest}"
+            command += ["-sS", "--fail", "-o", "/dev/null", "-w", "%{time_total}\n"]
+            command += ["--range", f"0-{size - 1}", url]
+        return sum(map(float, run(command).split()))
 
     def blob(self, digest: str) -> bytes:
         """A blob of an image that was pulled."""

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from fixtures.images import catalogue, forms
 from fixtures.images.catalogue import Built
 
 from .scene import LAZYSNAP, OVERLAYFS, Scene, Side
@@ -26,8 +27,8 @@ class Measure:
         networks: Names of the networks over which it says something.
         lazy_only: Whether it has no meaning for overlayfs, which has everything after the pull.
         learn: Done once before the runs, in a scene of its own with lazysnap, to know something.
-            Peers have no such thing and are not measured.
         form: Of the image, for all sides; empty for the one that each side is made for.
+        optimised_for: The command for which peers get the image rebuilt, instead of that form.
         config: What stands in lazysnap's configuration file.
     """
 
@@ -39,13 +40,25 @@ class Measure:
     lazy_only: bool = False
     learn: Callable[[Scene, Built], None] | None = None
     form: str = ""
+    optimised_for: tuple[str, ...] = ()
     config: str = ""
 
     def skips(self, side: Side) -> bool:
         """Whether a side is not measured."""
-        if side.name == OVERLAYFS:
-            return self.lazy_only
-        return self.learn is not None and side.name != LAZYSNAP
+        return self.lazy_only and side.name == OVERLAYFS
+
+    def form_for(self, side: Side) -> str:
+        """The form of the image that a side pulls."""
+        if self.optimised_for and side.name not in (OVERLAYFS, LAZYSNAP):
+            return forms.OPTIMISED
+        return self.form or side.form
+
+    def prepare(self, sides: Iterable[Side]) -> Built:
+        """Make the image, or find it made, in the forms that sides pull."""
+        image = self.image()
+        if any(self.form_for(side) == forms.OPTIMISED for side in sides if not self.skips(side)):
+            image = catalogue.optimised(image, self.optimised_for)
+        return image
 
 
 @dataclass(frozen=True)
