@@ -58,7 +58,7 @@ def identify(
     return location
 
 
-def extract_toc(location: TocLocation, compressed: Buffer, limit: int = MAX_TOC_SIZE) -> bytes:
+def extract_toc(location: TocLocation, compressed: Buffer, limit: int = MAX_TOC_SIZE) -> Buffer:
     """Decompress a table of contents; its digest is not checked here.
 
     Args:

@@ -86,7 +86,7 @@ def _location(
     return TocLocation(kind, "gzip", blob_size, offset, length, None, offset, toc_digest)
 
 
-def extract(member: Buffer, limit: int) -> bytes:
+def extract(member: Buffer, limit: int) -> memoryview:
     """The JSON in a TOC member.
 
     Args:
@@ -102,4 +102,4 @@ def extract(member: Buffer, limit: int) -> bytes:
         raise FormatError(f"table of contents begins with {name!r}, not {TOC_NAME!r}")
     if header.size > limit:
         raise FormatError(f"table of contents claims {header.size} bytes, more than {limit}")
-    return gzip.inflate(member, tar.BLOCK + header.size)[tar.BLOCK :]
+    return memoryview(gzip.inflate(member, tar.BLOCK + header.size))[tar.BLOCK :]

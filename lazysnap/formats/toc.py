@@ -13,10 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from lazysnap.errors import FormatError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # More than an honest TOC of the greatest size can hold (some 75 bytes an entry).
 MAX_ENTRIES = 2_000_000
@@ -69,7 +73,7 @@ _top = msgspec.json.Decoder(_Top)
 _list = msgspec.json.Decoder(list[Entry])
 
 
-def entries(json: bytes, limit: int = MAX_ENTRIES) -> Iterator[Entry]:
+def entries(json: Buffer, limit: int = MAX_ENTRIES) -> Iterator[Entry]:
     """Decode the entries of a TOC, in order.
 
     Args:

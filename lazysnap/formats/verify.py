@@ -34,7 +34,7 @@ class VerifiedToc:
     __slots__ = ("digest", "json", "location", "verified")
 
     def __init__(
-        self, seal: object, location: TocLocation, json: bytes, digest: Digest, *, verified: bool
+        self, seal: object, location: TocLocation, json: Buffer, digest: Digest, *, verified: bool
     ) -> None:
         if seal is not _SEAL:
             raise TypeError("use verify_toc() or trust_unverified_toc()")

@@ -115,8 +115,8 @@ class Contents:
     def __init__(self, location: TocLocation, *, verified: bool) -> None:
         self._data_end = location.data_end
         self._verified = verified
-        # All places where compressed data is known to begin or end, of hidden files too.
-        self._boundaries: set[int] = {location.data_end}
+        # All places where compressed data is known to begin or end, of hidden files too. Nearly sorted.
+        self._boundaries = [location.data_end]
 
     def collect_one(self, entry: Entry) -> Content | None:
         """The content of a file that is plainly right and one chunk, as nearly all are.
@@ -144,9 +144,9 @@ class Contents:
             or entry.chunk_digest not in ("", digest)
         ):
             return None
-        self._boundaries.add(offset)
+        self._boundaries.append(offset)
         if end:
-            self._boundaries.add(end)
+            self._boundaries.append(end)
         raw = parse_digest(digest)
         return Content(size, raw, [Piece(0, size, offset, entry.inner_offset, raw)])
 
@@ -223,7 +223,7 @@ class Contents:
     def _bound(self, entry: Entry, offset: int) -> None:
         if not 0 <= offset <= self._data_end:
             raise FormatError(f"{_named(entry)} points to {offset}, outside the layer's data")
-        self._boundaries.add(offset)
+        self._boundaries.append(offset)
 
     def members(self, pieces: list[Piece]) -> Members:
         """The members that chunks are in.
@@ -234,7 +234,7 @@ class Contents:
         Raises:
             FormatError: two chunks overlap.
         """
-        following = dict(pairwise(sorted(self._boundaries)))
+        following = dict(pairwise(sorted(self._boundaries)))  # of equal ones the last counts
         places = [piece.blob_offset * _MEMBER_STRIDE + piece.inner_offset for piece in pieces]
         chunks = [number for number, place in enumerate(places) if place >= 0]
         chunks.sort(key=places.__getitem__)

@@ -144,7 +144,7 @@ def test_cut_table_of_contents() -> None:
 def test_footers_by_foreign_tools(blob: Path) -> None:
     data = blob.with_suffix("").read_bytes()
     location = identify(data[-FOOTER_SIZE:], len(data), {})
-    toc = json.loads(extract_toc(location, data[location.offset : location.end]))
+    toc = json.loads(bytes(extract_toc(location, data[location.offset : location.end])))
     assert toc["version"] == 1
 
 
