@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where scenes lie on the disk: each far from those of the last minute.
+"""Where scenes lie on the disk: each far from those of the last minutes.
 
-An ext4 without a journal, which virtual machines often have, takes no inode that was deleted within a
-minute, and looks at each of these before it finds another: a scene that makes thousands of files needs
-seconds of CPU for that after one that had as many nearby. So scenes use a few directories in turn, spread
-over the disk by the ``T`` attribute. These stay when a run ends, for the next one: when something was
-last removed from each of them says its modification time.
+An ext4 without a journal, which virtual machines often have, takes no inode that was deleted lately (up to
+six minutes, if another one in the same block is written to), and looks at each of these before it finds
+another: a scene that makes thousands of files needs seconds of CPU for that after one that had as many
+nearby. So scenes use some directories in turn, spread over the disk by the ``T`` attribute. These stay
+when a run ends, for the next one: when something was last removed from each says its modification time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fixtures.processes import kill_leftovers, unmount_below
 
 SCENE = "s"
 """The directory of a scene within the one that it uses. Short, as there are sockets in it."""
-_SLOTS = 16
-"""How many are enough: so many scenes take more than a minute."""
-_CANDIDATES = 100
-_APART = 1 << 18
-"""Between inode numbers: below a directory, ext4 stays within 16 groups of 8,192, or takes the next 16."""
+_SLOTS = 72
+"""How many are enough: the shortest scenes take five seconds."""
+_CANDIDATES = 1000
+_APART = 1 << 17
+"""Between inode numbers: below such a directory, ext4 mostly stays within 16 groups of 8,192."""
 
 
 def rested(place: Path) -> Path:

@@ -39,7 +39,7 @@ def test_they_are_far_apart(tmp_path: Path) -> None:
     if "T" not in shown.stdout.partition(" ")[0]:
         pytest.skip("the file system does not spread directories")
     numbers = sorted(slot.stat().st_ino for slot in place.iterdir())
-    assert all(after - before > 1 << 18 for before, after in pairwise(numbers))
+    assert all(after - before > 1 << 17 for before, after in pairwise(numbers))
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
