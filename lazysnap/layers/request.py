@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -248,13 +248,15 @@ class Requests:
                 done = bisect_right(ends, received.end, done)
                 if done == first:
                     continue
-                idle = self._decoders.available_tokens > 0
+                idle = all(limit.available_tokens > 0 for limit in self._limits(ticket))
                 cut = ends[done - 1]
                 if idle or done == len(run) or cut - received.base >= _BATCH:
                     base = received.base
                     mine = {n: flights[n] for n in run[first:done]}
                     first = done
-                    await decoding.start(self._decode, mine, received.take(cut), base, wrong)
+                    await decoding.start(
+                        self._decode, mine, received.take(cut), base, ticket, wrong
+                    )
         if first < len(run):
             raise Internal(f"{self._name}: a response ended early")
         return wrong
@@ -264,6 +266,7 @@ class Requests:
         flights: Flights,
         data: Sequence[Piece],
         base: int,
+        ticket: Ticket,
         wrong: dict[int, LazysnapError],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -280,7 +283,9 @@ class Requests:
                         held = parts[node] = self._contents.create(index, file)
                         if held is not None:
                             self._contents.hold(held)
-            async with self._decoders:
+            async with AsyncExitStack() as limits:
+                for limit in self._limits(ticket):
+                    await limits.enter_async_context(limit)
                 task_status.started()
                 decoded, bad = await trio.to_thread.run_sync(
                     _decode, index, members, data, base, store
@@ -296,6 +301,12 @@ class Requests:
             for held in parts.values():
                 if held is not None:
                     self._contents.release(held)
+
+    def _limits(self, ticket: Ticket) -> Sequence[trio.CapacityLimiter]:
+        """What bounds the threads that decode for a request."""
+        if ticket.priority == Priority.DEMAND:
+            return (self._decoders,)
+        return (self._scheduler.leisure, self._decoders)
 
     def _store(
         self, parts: Mapping[int, Parts | None], i: int, chunk: Chunk, data: memoryview

@@ -14,6 +14,7 @@ none is ever free while somebody who may have it waits.
 from __future__ import annotations
 
 import enum
+import os
 from bisect import bisect_left, insort
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -219,11 +220,16 @@ class Scheduler:
 
     Args:
         limits: bounds on fetching.
+
+    Attributes:
+        leisure: bounds the threads that decode what nobody waits for, to half of the CPUs: more of
+            them would take the CPUs from what is urgent, and the interpreter's lock from each other.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.total = _Bucket(self.limits.bytes_per_second)
+        self.leisure = trio.CapacityLimiter(max(len(os.sched_getaffinity(0)) // 2, 1))
         self._connections = max(self.limits.connections, 1)
         self._hosts: dict[str, Host] = {}
         self._serial = 0

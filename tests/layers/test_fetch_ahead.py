@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +18,7 @@ import trio.testing
 from lazysnap.cache import Cache
 from lazysnap.errors import DigestMismatch, LazysnapError, RegistryUnreachable
 from lazysnap.index.reader import LayerIndex
+from lazysnap.layers import request as module
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher, Plan
 from lazysnap.layers.reader import LayerReader
@@ -185,6 +188,37 @@ async def test_a_reader_boosts_what_prefetch_is_bringing_and_does_not_fetch_it_t
     assert ticket.priority == Priority.DEMAND
     assert layer.source.overlapping() == 0
     assert len(layer.source.requests) == 1
+
+
+async def test_decoding_what_nobody_waits_for_leaves_a_thread_to_readers(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = 64 << 10
+    data = _data(40 * chunk)
+    layer = Layer([file("f", data)], tmp_path, nursery, chunk_size=chunk)
+    layer.scheduler.leisure.total_tokens = 1
+    began, go_on = trio.Event(), threading.Event()
+    ahead: list[int] = []
+    decode = module._decode
+
+    def slowly(index: LayerIndex, members: Sequence[int], *rest: Any) -> Any:
+        if members[0] < 24:
+            ahead.append(members[0])
+            trio.from_thread.run_sync(began.set)
+            go_on.wait(30)
+        return decode(index, members, *rest)
+
+    monkeypatch.setattr(module, "_decode", slowly)
+    async with trio.open_nursery() as plans:
+        plans.start_soon(layer.ahead, Plan(range(4)))
+        plans.start_soon(layer.ahead, Plan(range(20, 24)))
+        await began.wait()
+        try:
+            assert await layer.read("f", 35 * chunk, 100) == data[35 * chunk : 35 * chunk + 100]
+            assert len(ahead) == 1
+        finally:
+            go_on.set()
+    assert all(map(layer.fetcher.present, [*range(4), *range(20, 24)]))
 
 
 async def test_whoever_asks_first_no_member_is_fetched_twice(
