@@ -84,7 +84,7 @@ async def _serve(
         slice_name=shard_slice,
     )
     store = SnapshotStore(os.path.join(root, "metadata.db"))
-    builders = Builders(os.cpu_count() or 1, kept=True)
+    builders = Builders(os.cpu_count() or 1, kept=1)
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)

@@ -3,10 +3,10 @@
 
 A table of contents comes from outside and may be made to use up memory or time. Here it can use only
 this process's, which has limits and is killed when it takes too long; and the memory that building
-needs is gone when the process ends. Each job gets its own process, see `forkserver`. The parent sends
-frames (see `lazysnap.channel`): the job, then the blob's tail with all of the table of contents. The
-answer is a frame when the index is stored, and if the image of the tree is wanted, another one when that
-is, too: the bytes that a start needs can be fetched meanwhile.
+needs is gone when the process ends. The parent sends frames (see `lazysnap.channel`) on standard
+input: the job, then the blob's tail with all of the table of contents. The answer on standard output is a
+frame when the index is stored, and if the image of the tree is wanted, another one when that is, too: the
+bytes that a start needs can be fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import contextlib
 import gc
 import os
 import resource
-import signal
 import struct
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -31,16 +31,12 @@ from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_to
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers import forkserver
 from lazysnap.layers.seed import write_seed
 from lazysnap.layers.treefile import write_tree
 
 LENGTH = struct.Struct(">I")
 # Enough for the largest table of contents that is accepted, with its tree.
 MEMORY_LIMIT = 6 << 30
-# Should nobody be left who would end it; more than `Builders` waits.
-CPU_LIMIT = 300
-TOO_BIG = "the table of contents needs too much time or memory"
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -128,7 +124,8 @@ def _answers(packed: bytes, tail: bytes) -> Iterator[Answer]:
         yield Answer(error=(type(error).__name__, error.message, error.hint, error.reason))
         return
     except MemoryError:
-        yield Answer(error=("FormatError", TOO_BIG, None, "too-big"))
+        message = "the table of contents needs too much memory"
+        yield Answer(error=("FormatError", message, None, "too-big"))
         return
     answer = Answer(nodes=index.node_count, total_size=index.total_size, verified=index.verified)
     yield answer
@@ -154,34 +151,6 @@ def _read_frame(stream: BinaryIO) -> bytes | None:
     return body if len(body) == length else None
 
 
-def _frame(answer: Answer) -> bytes:
-    body = msgspec.msgpack.encode(answer)
-    return LENGTH.pack(len(body)) + body
-
-
-def _work() -> None:
-    """Do the job that comes on standard input, a socket, and answer there."""
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
-    with open(0, "rb", closefd=False) as source, open(0, "wb", closefd=False) as sink:
-        packed = _read_frame(source)
-        tail = None if packed is None else _read_frame(source)
-        if packed is None or tail is None:
-            return
-        for answer in _answers(packed, tail):
-            sink.write(_frame(answer))
-            sink.flush()
-
-
-def _ended(code: int) -> bytes:
-    """What to answer for a process that ended with a status, or by a signal if it is negative."""
-    if code in (
-        -signal.SIGKILL,
-        -signal.SIGXCPU,
-    ):  # by the kernel, which was short of memory, or time
-        return _frame(Answer(error=("FormatError", TOO_BIG, None, "too-big")))
-    return _frame(Answer(error=("Internal", f"a builder of indexes ended with {code}", None, "")))
-
-
 def main() -> None:
     """Serve jobs until standard input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -189,7 +158,16 @@ def main() -> None:
         file.write("500")  # rather this than anything else on the node
     # A tree has no cycles, and collecting while it is built takes a third of the time.
     gc.disable()
-    forkserver.serve(_work, _ended)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    while (packed := _read_frame(source)) is not None:
+        tail = _read_frame(source)
+        if tail is None:
+            return
+        for answer in _answers(packed, tail):
+            body = msgspec.msgpack.encode(answer)
+            sink.write(LENGTH.pack(len(body)) + body)
+            sink.flush()
+        del tail
 
 
 if __name__ == "__main__":

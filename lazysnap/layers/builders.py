@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that build indexes, seen from the daemon: a few at once, each for one job.
+"""The processes that build indexes, seen from the daemon: a few, ended when they are idle.
 
-They are forked by one that has parsed nothing (see `forkserver`), as Python takes long to start. Of layers
-that wait for one, the largest comes first: an image is not there before its largest layer is, and the
-others can be built beside it.
+Of layers that wait for one, the largest comes first: an image is not there before its largest layer is, and
+the others can be built beside it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import heapq
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -23,37 +21,40 @@ import trio
 
 from lazysnap import errors, log
 from lazysnap.errors import FormatError, Internal
-from lazysnap.layers.builder import LENGTH, TOO_BIG, Answer, Job
+from lazysnap.layers.builder import LENGTH, Answer, Job
 
 _log = log.get(__name__)
 _BUILD_SECONDS = 120.0
+_KEPT_NODES = 10_000
 _IDLE_SECONDS = 20.0
 _END_SECONDS = 5.0
 _MOST_ANSWER = 1 << 20
+# So that the largest layer finds one while another layer is built.
+_READY = 2
 
 
-class _Server(NamedTuple):
-    """The process that forks others, and the socket on which it is sent their connections."""
+class _Idle(NamedTuple):
+    """A process that waits for a job, since when, and whether it has done others."""
 
     process: trio.Process
-    control: socket.socket
+    since: float
+    used: bool
 
 
 class Builders:
-    """Builds indexes in processes.
+    """A few builder processes.
 
     Args:
         limit: how many there may be at once.
         seconds: after which one is killed.
-        kept: keep the process that forks them, while `run` runs, though there is nothing to build. It takes
-            11 MB, and nearly a tenth of a second to start, or much longer if Python must be read from
-            the disk.
+        kept: how many that have built nothing yet are kept ready, by `run`. One takes 13 MB, and a tenth
+            of a second to start, or much longer if Python must be read from the disk.
 
     Attributes:
-        command: how that is started.
+        command: how one is started.
     """
 
-    def __init__(self, limit: int, *, seconds: float = _BUILD_SECONDS, kept: bool = False) -> None:
+    def __init__(self, limit: int, *, seconds: float = _BUILD_SECONDS, kept: int = 0) -> None:
         self.seconds = seconds
         self.command = [sys.executable, "-P", "-m", "lazysnap.layers.builder"]
         self._limit = limit
@@ -61,13 +62,11 @@ class Builders:
         self._running = 0
         self._waiting: list[tuple[int, int, trio.Event]] = []
         self._numbers = count()
-        self._server: _Server | None = None
-        self._starting = trio.Lock()
+        self._idle: list[_Idle] = []
         self._expected = trio.Event()
-        self._used = 0.0  # when it was last known that the server is needed
 
     def expect(self) -> None:
-        """Something will have to be built soon: start meanwhile what it takes, if `run` runs."""
+        """Something will have to be built soon: have processes start meanwhile, if `run` runs."""
         self._expected.set()
 
     async def build(
@@ -83,16 +82,21 @@ class Builders:
         Raises:
             LazysnapError: the layer cannot be used; `reason` says why.
         """
-        async with self._turn(len(tail)):
+        async with self._turn(len(tail)), self._process() as process:
             answer = None
             with trio.move_on_after(self.seconds) as scope:
-                async with await self._connect() as stream:  # what is closed too early kills it
-                    answer = await _ask(stream, job, tail, indexed)
-            self._used = trio.current_time()
-        if scope.cancelled_caught:
-            raise FormatError(TOO_BIG, reason="too-big")
-        if answer is None:
-            raise Internal("a builder of indexes ended without an answer")
+                answer = await _ask(process, job, tail, indexed)
+            if scope.cancelled_caught:
+                raise _too_big()
+            if answer is None:
+                with trio.move_on_after(_END_SECONDS):
+                    await process.wait()
+                # Killed: by the kernel, which was short of memory.
+                if process.returncode == -signal.SIGKILL:
+                    raise _too_big()
+                raise Internal(f"a builder of indexes ended with {process.returncode}")
+            if answer.nodes > _KEPT_NODES:
+                await _end(process)  # rather start another than keep the memory of this one
         if answer.error is not None:
             raise errors.rebuilt(*answer.error)
         return answer
@@ -127,101 +131,105 @@ class Builders:
         else:
             self._running -= 1
 
-    async def _connect(self) -> trio.SocketStream:
-        """A connection to a process for one job.
+    @asynccontextmanager
+    async def _process(self) -> AsyncIterator[trio.Process]:
+        """A process for one job; kept for the next one if it is still well afterwards."""
+        process = None
+        while self._idle and process is None:
+            process = self._idle.pop().process
+            if process.poll() is not None:
+                await _end(process)  # it died while it was idle
+                process = None
+        if process is None:
+            process = await self._start()
+        done = False
+        try:
+            yield process
+            done = True
+        finally:
+            if done and process.poll() is None:
+                self._idle.append(_Idle(process, trio.current_time(), used=True))
+            else:
+                with trio.CancelScope(shield=True):
+                    await _end(process)
 
-        Raises:
-            Internal: there can be none.
-        """
-        for _ in range(2):
-            server = await self._ensure_server()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                try:
-                    socket.send_fds(server.control, [b"\0"], [theirs.fileno()])
-                    return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-                except OSError:  # it has just ended
-                    ours.close()
-            await self._end_server()
-        raise Internal("no builder of indexes stays")
-
-    async def _ensure_server(self) -> _Server:
-        """The process that forks others, started if it is not there."""
-        async with self._starting:
-            self._used = trio.current_time()
-            if self._server is not None and self._server.process.poll() is not None:
-                await self._end_server()
-            if self._server is None:
-                control, theirs = socket.socketpair()
-                control.setblocking(False)
-                try:
-                    with theirs:
-                        process = await trio.lowlevel.open_process(
-                            self.command,
-                            stdin=theirs,
-                            stdout=subprocess.DEVNULL,
-                            start_new_session=True,
-                            cwd="/",
-                        )
-                except BaseException as error:
-                    control.close()
-                    if isinstance(error, OSError):
-                        message = f"no builder of indexes can be started: {error}"
-                        raise Internal(message) from error
-                    raise
-                self._server = _Server(process, control)
-            return self._server
+    async def _start(self) -> trio.Process:
+        try:
+            return await trio.lowlevel.open_process(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            raise Internal(f"no builder of indexes can be started: {error}") from error
 
     async def run(self) -> None:
-        """Start the process that forks others when it is expected to be needed, and end it when it is not.
+        """Start processes that are expected to be needed, and end those that were not for a while.
 
         When cancelled, it ends all of them.
         """
         try:
             while True:
-                if self._kept or self._expected.is_set():
-                    self._expected = trio.Event()
-                    try:
-                        await self._ensure_server()
-                    except Internal as error:  # who needs it will say so
-                        _log.debug("no builder started ahead", error=error)
+                await self._get_ready(self._kept)
                 with trio.move_on_after(_IDLE_SECONDS / 4):
                     await self._expected.wait()
-                idle = trio.current_time() - self._used > _IDLE_SECONDS
-                if idle and not (self._kept or self._running or self._expected.is_set()):
-                    await self._end_server()
+                if self._expected.is_set():
+                    self._expected = trio.Event()
+                    await self._get_ready(_READY)
+                await self._end_idle()
         finally:
             with trio.CancelScope(shield=True):
-                await self._end_server()
+                while self._idle:
+                    await _end(self._idle.pop().process)
 
-    async def _end_server(self) -> None:
-        server, self._server = self._server, None
-        if server is None:
-            return
-        server.control.close()  # it ends by that, and those that it has forked
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(_END_SECONDS):
-                await server.process.wait()
-            server.process.kill()
-            await server.process.wait()
+    async def _get_ready(self, wanted: int) -> None:
+        while len(self._idle) + self._running < min(self._limit, wanted):
+            try:
+                process = await self._start()
+            except Internal as error:  # who needs it will say so
+                _log.debug("no builder started ahead", error=error)
+                return
+            self._idle.append(_Idle(process, trio.current_time(), used=False))
+
+    async def _end_idle(self) -> None:
+        before = trio.current_time() - _IDLE_SECONDS
+        fresh = [each for each in self._idle if not each.used]
+        kept = fresh[: self._kept]
+        for each in [each for each in self._idle if each.since < before and each not in kept]:
+            self._idle.remove(each)
+            await _end(each.process)
+
+
+async def _end(process: trio.Process) -> None:
+    process.kill()
+    await process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            await stream.aclose()
+
+
+def _too_big() -> FormatError:
+    return FormatError("the table of contents needs too much time or memory", reason="too-big")
 
 
 async def _ask(
-    stream: trio.SocketStream, job: Job, tail: bytes, indexed: Callable[[], object]
+    process: trio.Process, job: Job, tail: bytes, indexed: Callable[[], object]
 ) -> Answer | None:
     """Send a job and get its answer; None if the process ends instead."""
+    assert process.stdin is not None
+    assert process.stdout is not None
     packed = msgspec.msgpack.encode(job)
     received = bytearray()
-    # What is sent in place of one that has ended may have to be received all the same.
-    with contextlib.suppress(trio.BrokenResourceError):
-        await stream.send_all(LENGTH.pack(len(packed)) + packed + LENGTH.pack(len(tail)))
-        await stream.send_all(tail)
     try:
-        answer = await _receive(stream, received)
+        await process.stdin.send_all(LENGTH.pack(len(packed)) + packed + LENGTH.pack(len(tail)))
+        await process.stdin.send_all(tail)
+        answer = await _receive(process.stdout, received)
         if answer is not None and answer.error is None and job.tree:
             indexed()
-            answer = await _receive(stream, received)
-    except trio.BrokenResourceError:
+            answer = await _receive(process.stdout, received)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
         return None
     return answer
 
