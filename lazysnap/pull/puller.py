@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pull of one image, from reference to image record.
 
-Order, so that nothing is ever unprotected from garbage collection: lease, documents, snapshots, the
+Order, so that nothing is ever unprotected from garbage collection: lease, documents and snapshots, the
 label on the configuration that holds the snapshots, image record, end of the lease. When a pull
 fails or is cancelled, nothing of it stays.
 """
@@ -56,8 +56,7 @@ async def pull(
     progress.resolved([layer.blob for layer in layers])
     async with containerd.lease() as leased:
         labeller = metadata.Labeller(leased.content, reference)
-        await metadata.store(leased.content, image, labeller)
-        results, received = await _layers(
+        results, received = await _contents(
             leased, registry, image, snapshotter, layers, labeller, progress, lazy_only
         )
         if layers:
@@ -71,7 +70,7 @@ async def pull(
     )
 
 
-async def _layers(
+async def _contents(
     containerd: Containerd,
     registry: Registry,
     image: Image,
@@ -81,9 +80,21 @@ async def _layers(
     progress: Progress,
     lazy_only: bool,
 ) -> tuple[list[LayerResult], int]:
-    failure: LazysnapError | None = None
+    """Bring documents and layers into containerd; neither waits for the other."""
+    failures: list[LazysnapError] = []  # raised outside, where they are not wrapped into a group
     results: list[LayerResult] = []
+    stored = trio.Event()
     async with trio.open_nursery() as nursery:
+
+        async def store() -> None:
+            try:
+                await metadata.store(containerd.content, image, labeller)
+            except LazysnapError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+            stored.set()
+
+        nursery.start_soon(store)
         downloads = Downloads(
             nursery, containerd.content, registry, image.reference, labeller, progress
         )
@@ -99,9 +110,10 @@ async def _layers(
         )
         try:
             results = await unpacker.run()
+            await stored.wait()
         except LazysnapError as error:
-            failure = error  # raised outside, where it is not wrapped into a group
+            failures.append(error)
         nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    if failures:
+        raise failures[0]
     return results, downloads.bytes_received
