@@ -99,6 +99,46 @@ def _state(daemon: PrivateContainerd, namespace: str) -> dict[str, dict[str, Any
     }
 
 
+class _Ends(Progress):
+    """Tells when all layers have come to their end."""
+
+    def __init__(self, layers: int) -> None:
+        self.ended = trio.Event()
+        self._left = layers
+
+    def state(self, layer: int, state: LayerState) -> None:
+        self._left -= state is LayerState.UNPACKED
+        if not self._left:
+            self.ended.set()
+
+
+async def test_an_image_is_not_there_before_its_documents(
+    tmp_path: Path, client: Containerd, server: FaultyRegistry, registry: Registry
+) -> None:
+    layout = write_layout(tmp_path / "image", busybox_layers())
+    reference = serve(server, layout)
+    manifest = json.loads(
+        (layout.path / "blobs/sha256" / layout.manifest.removeprefix("sha256:")).read_bytes()
+    )
+    config = manifest["config"]["digest"]
+    ends = _Ends(len(layout.layers))
+    results = []
+
+    async def work() -> None:
+        results.append(await pull(reference, client, registry, "overlayfs", AMD64, ends))
+
+    # Another client is at it, so that ours has to wait.
+    other = client.content.writer(f"config-{config}", config, manifest["config"]["size"])
+    async with trio.open_nursery() as nursery, other:
+        nursery.start_soon(work)
+        await ends.ended.wait()
+        assert not results
+        assert await client.images() == []
+    assert [layer.state for layer in results[0].layers] == [LayerState.UNPACKED] * 3
+    assert [image.name for image in await client.images()] == [reference.name]
+    assert (await client.content.info(config)).size == manifest["config"]["size"]
+
+
 async def test_a_second_pull_fetches_no_layer(
     tmp_path: Path, client: Containerd, server: FaultyRegistry, registry: Registry
 ) -> None:
