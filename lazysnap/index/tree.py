@@ -200,8 +200,7 @@ class Tree:
 
     def _place(self, name: str) -> tuple[Node, str] | None:
         """The directory and the last component of a name; None for the root."""
-        if "\0" in name or "\ufffd" in name:
-            check_text(name, "name")
+        check_text(name, "name")
         head, _, base = name.rstrip("/").rpartition("/")
         if base in ("", ".", ".."):
             parts = clean(name)

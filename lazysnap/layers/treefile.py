@@ -28,7 +28,7 @@ def write_tree(path: str, image: bytes | bytearray) -> None:
     try:
         with open(aside, "wb") as file:
             file.write(image)
-            file.write(_END.pack(isal_zlib.crc32(image), len(image) & 0xFFFFFFFF))
+            file.write(_end(image))
         os.rename(aside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -48,5 +48,9 @@ def read_tree(path: str) -> bytes | None:
         memoryview(stored) as view,
         view[: -_END.size] as image,
     ):
-        end = bytes(view[-_END.size :])
-        return bytes(image) if end == _END.pack(isal_zlib.crc32(image), len(image)) else None
+        return bytes(image) if view[-_END.size :] == _end(image) else None
+
+
+def _end(image: bytes | bytearray | memoryview) -> bytes:
+    """What stands behind an image."""
+    return _END.pack(isal_zlib.crc32(image), len(image) & 0xFFFFFFFF)

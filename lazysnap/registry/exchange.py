@@ -20,7 +20,15 @@ import msgspec
 from lazysnap.errors import LazysnapError, RegistryError, RegistryNotFound, Unauthorized
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import TRANSIENT, Authenticator
-from lazysnap.registry.hosts import PULL, PUSH, Endpoint, HostTable, RegistrySettings, TLSOptions
+from lazysnap.registry.hosts import (
+    PORTS,
+    PULL,
+    PUSH,
+    Endpoint,
+    HostTable,
+    RegistrySettings,
+    TLSOptions,
+)
 from lazysnap.registry.retry import Backoff, Fault, parse_retry_after
 from lazysnap.registry.transport import Answer, Transport
 
@@ -305,7 +313,7 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     """Scheme, host and port: what decides whether secrets may be sent along."""
     try:
         parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        port = parts.port or PORTS.get(parts.scheme)
         return parts.scheme, parts.hostname, port
     except ValueError:
         return "", url, None

@@ -16,22 +16,9 @@ import httpx
 import trio
 
 from lazysnap.registry.connection import Connection, Origin
-from lazysnap.registry.hosts import RegistrySettings
+from lazysnap.registry.hosts import PORTS, RegistrySettings
 
 _WRITE_SIZE = 64 << 10
-_PORTS = {"http": 80, "https": 443}
-
-
-class _NoBody(httpx.AsyncByteStream, AsyncIterator[bytes]):
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        raise StopAsyncIteration
-
-
-NO_BODY = _NoBody()
-"""The body of a request that has none."""
 
 
 class UploadBody(httpx.AsyncByteStream):
@@ -40,7 +27,7 @@ class UploadBody(httpx.AsyncByteStream):
     Iterators are objects and not generators: an upload that is cancelled leaves nothing suspended.
 
     Args:
-        content: all of the body.
+        content: all of the body; empty if there is none.
         sent: called after each piece has been written, with the seconds that it took.
     """
 
@@ -96,7 +83,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
             httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError: none came.
         """
         url = request.url
-        port = _PORTS[url.scheme] if url.port is None else url.port
+        port = PORTS[url.scheme] if url.port is None else url.port
         await self._take_turn(request.extensions.get("timeout", {}).get("pool"))
         connection = await self._connection(Origin(url.scheme, url.raw_host.decode("ascii"), port))
         return await connection.send(request)

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-_PORTS = {"http": 80, "https": 443}
+from lazysnap.registry.hosts import PORTS
 
 
 class Proxies:
@@ -40,7 +40,7 @@ class Proxies:
         if not proxy:
             return None
         host = (parts.hostname or "").rstrip(".")
-        port = parts.port or _PORTS.get(parts.scheme, 0)
+        port = parts.port or PORTS.get(parts.scheme, 0)
         if _is_here(host) or any(_names(item, host, port) for item in self._direct):
             return None
         return proxy if "://" in proxy else f"http://{proxy}"

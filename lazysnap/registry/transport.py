@@ -29,7 +29,7 @@ import trio
 from lazysnap import __version__
 from lazysnap.errors import RegistryError
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
-from lazysnap.registry.pool import NO_BODY, PoolTransport, UploadBody
+from lazysnap.registry.pool import PoolTransport, UploadBody
 from lazysnap.registry.proxies import Proxies
 from lazysnap.registry.retry import Fault
 
@@ -262,18 +262,16 @@ class Transport:
         counter = self._counters.setdefault(host, _Counter())
         counter.requests += 1
         counter.retries += repeated
-        request = httpx.Request(
-            method,
-            parsed,
-            headers=_headers(method, parsed, headers, content),
-            stream=NO_BODY,
-            extensions={"timeout": self._timeouts()},
-        )
         pool = self._pool(url, tls)
         response: httpx.Response | None = None
         with trio.move_on_at(deadline) as scope:
-            if content:
-                request.stream = UploadBody(content, partial(_extend, scope))
+            request = httpx.Request(
+                method,
+                parsed,
+                headers=_headers(method, parsed, headers, content),
+                stream=UploadBody(content or b"", partial(_extend, scope)),
+                extensions={"timeout": self._timeouts()},
+            )
             try:
                 response = await pool.handle_async_request(request)
             except _TIMEOUT as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from fixtures import sides
 from fixtures.containerd import Containerd, containerd
 from fixtures.images.catalogue import Built
-from fixtures.processes import FixtureError, accepts, daemon, run
+from fixtures.processes import FixtureError, accepts, clear, daemon, run
 from tests.support import compare
 
 from . import slots
@@ -246,7 +246,7 @@ def scene(
         _keep_logs(work, place.with_name(f"{place.name}-logs"))
         raise
     finally:
-        slots.clear(work)
+        clear(work)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,10 @@ when a run ends, for the next one: when something was last removed from each say
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-from fixtures.processes import kill_leftovers, unmount_below
+from fixtures.processes import clear
 
 SCENE = "s"
 """The directory of a scene within the one that it uses. Short, as there are sockets in it."""
@@ -38,13 +37,6 @@ def rested(place: Path) -> Path:
         if (slot / SCENE).exists():
             clear(slot / SCENE)
     return min(slots, key=lambda slot: slot.stat().st_mtime_ns)
-
-
-def clear(scene: Path) -> None:
-    """Remove a scene, with all processes and mounts in it."""
-    kill_leftovers(scene)
-    unmount_below(scene)
-    shutil.rmtree(scene)
 
 
 def _make(place: Path) -> None:

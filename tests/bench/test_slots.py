@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.processes import clear
 from tests.bench import slots
 
 
@@ -26,7 +27,7 @@ def test_the_one_that_was_left_first_comes_next(tmp_path: Path) -> None:
     for number in range(len(every), 3 * len(every)):
         slot = slots.rested(place)
         (slot / slots.SCENE).mkdir()
-        slots.clear(slot / slots.SCENE)
+        clear(slot / slots.SCENE)
         os.utime(slot, ns=(number, number))
         used.append(slot)
     assert used == 2 * every

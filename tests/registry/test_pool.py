@@ -16,7 +16,7 @@ import trio.testing
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
 from lazysnap.registry.credentials import Anonymous
-from lazysnap.registry.pool import NO_BODY, PoolTransport
+from lazysnap.registry.pool import PoolTransport, UploadBody
 from tests.registry.conftest import SETTINGS
 from tests.registry.test_connection import Scripted, scripted, sized
 from tests.support.registry import faulty_registry
@@ -39,7 +39,7 @@ async def ask(
         "GET",
         server.url,
         headers={"Host": "x"},
-        stream=NO_BODY,
+        stream=UploadBody(b"", lambda seconds: None),
         extensions={"timeout": {"pool": timeout, "read": 60.0}},
     )
     return await pool.handle_async_request(request)
