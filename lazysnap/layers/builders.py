@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 import trio
 
-from lazysnap import errors, log
+from lazysnap import children, errors, log
 from lazysnap.errors import FormatError, Internal
 from lazysnap.layers.builder import LENGTH, Answer, Job
 
@@ -96,7 +95,7 @@ class Builders:
                     raise _too_big()
                 raise Internal(f"a builder of indexes ended with {process.returncode}")
             if answer.nodes > _KEPT_NODES:
-                await _end(process)  # rather start another than keep the memory of this one
+                await children.end(process)  # rather start another than keep the memory of this one
         if answer.error is not None:
             raise errors.rebuilt(*answer.error)
         return answer
@@ -138,7 +137,7 @@ class Builders:
         while self._idle and process is None:
             process = self._idle.pop().process
             if process.poll() is not None:
-                await _end(process)  # it died while it was idle
+                await children.end(process)  # it died while it was idle
                 process = None
         if process is None:
             process = await self._start()
@@ -151,19 +150,10 @@ class Builders:
                 self._idle.append(_Idle(process, trio.current_time(), used=True))
             else:
                 with trio.CancelScope(shield=True):
-                    await _end(process)
+                    await children.end(process)
 
     async def _start(self) -> trio.Process:
-        try:
-            return await trio.lowlevel.open_process(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-                cwd="/",
-            )
-        except OSError as error:
-            raise Internal(f"no builder of indexes can be started: {error}") from error
+        return await children.start(self.command, "to build an index")
 
     async def run(self) -> None:
         """Start processes that are expected to be needed, and end those that were not for a while.
@@ -182,7 +172,7 @@ class Builders:
         finally:
             with trio.CancelScope(shield=True):
                 while self._idle:
-                    await _end(self._idle.pop().process)
+                    await children.end(self._idle.pop().process)
 
     async def _get_ready(self, wanted: int) -> None:
         while len(self._idle) + self._running < min(self._limit, wanted):
@@ -199,15 +189,7 @@ class Builders:
         kept = fresh[: self._kept]
         for each in [each for each in self._idle if each.since < before and each not in kept]:
             self._idle.remove(each)
-            await _end(each.process)
-
-
-async def _end(process: trio.Process) -> None:
-    process.kill()
-    await process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            await stream.aclose()
+            await children.end(each.process)
 
 
 def _too_big() -> FormatError:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterable
 
 import msgspec
 import trio
 
-from lazysnap import errors
+from lazysnap import children, errors
 from lazysnap.errors import FormatError, Internal
 from lazysnap.unpack.process import LENGTH, Answer, Job
 
@@ -48,16 +47,7 @@ class Appliers:
             LazysnapError: it cannot be unpacked; the target may have something in it.
         """
         async with self._limit:
-            try:
-                process = await trio.lowlevel.open_process(
-                    self.command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,
-                    cwd="/",
-                )
-            except OSError as error:
-                raise Internal(f"no process can be started to unpack a layer: {error}") from error
+            process = await children.start(self.command, "to unpack a layer")
             try:
                 answer = await _ask(process, job, blob)
                 if answer is None:
@@ -69,19 +59,10 @@ class Appliers:
                     raise Internal(f"unpacking {job.digest} ended with {process.returncode}")
             finally:
                 with trio.CancelScope(shield=True):
-                    await _end(process)
+                    await children.end(process)
         if answer.error is not None:
             raise errors.rebuilt(*answer.error)
         return answer
-
-
-async def _end(process: trio.Process) -> None:
-    if process.poll() is None:
-        process.kill()
-    await process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            await stream.aclose()
 
 
 async def _ask(process: trio.Process, job: Job, blob: AsyncIterable[bytes]) -> Answer | None:
