@@ -16,6 +16,7 @@ import click
 
 from lazysnap.oci import Descriptor
 from lazysnap.pull.progress import LayerState, Progress, PullResult
+from lazysnap.quantities import bytes_text
 
 
 def show(result: PullResult, seconds: float, *, as_json: bool) -> None:
@@ -31,13 +32,13 @@ def show(result: PullResult, seconds: float, *, as_json: bool) -> None:
 
 def _as_text(result: PullResult, seconds: float) -> str:
     lines = [
-        f"{layer.digest[7:19]} {_bytes(layer.size):>10} {layer.state}"
+        f"{layer.digest[7:19]} {bytes_text(layer.size):>10} {layer.state}"
         + (f" ({layer.reason})" if layer.reason else "")
         for layer in result.layers
     ]
     lines.append(
         f"{result.reference}: {result.lazy_layers} of {len(result.layers)} layers lazy,"
-        f" {_bytes(result.bytes_downloaded)} downloaded in {seconds:.2f} s"
+        f" {bytes_text(result.bytes_downloaded)} downloaded in {seconds:.2f} s"
     )
     return "\n".join(lines)
 
@@ -64,14 +65,6 @@ def _as_json(result: PullResult, seconds: float) -> str:
     return json.dumps(document, indent=2)
 
 
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """Show the progress of a pull while the block lasts."""
@@ -93,7 +86,7 @@ class _Lines(Progress):
         self._names: list[str] = []
 
     def resolved(self, layers: Sequence[Descriptor]) -> None:
-        self._names = [f"{layer.digest[7:19]} {_bytes(layer.size)}" for layer in layers]
+        self._names = [f"{layer.digest[7:19]} {bytes_text(layer.size)}" for layer in layers]
 
     def state(self, layer: int, state: LayerState) -> None:
         if state not in self._SILENT:
