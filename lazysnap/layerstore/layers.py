@@ -184,15 +184,13 @@ class LayerStore:
     async def show_trees(self) -> None:
         """Have the kernel serve the trees of all layers, as far as that is possible.
 
-        Takes no locks, as looking up the path of a layer can lead back to `find`.
+        Takes no lock of a layer, as looking up the path of a layer can lead back to `find`.
         """
         async with self._showing:
             wanted = list(self._names.values())
             for name in await trio.to_thread.run_sync(self._trees.missing, wanted):
                 if name.slot in self._names:
                     await trio.to_thread.run_sync(self._trees.show, name)
-                if name.slot not in self._names:  # removed meanwhile
-                    await trio.to_thread.run_sync(self._trees.hide, name)
 
     async def _count(self, slot: int, change: int) -> None:
         name = self._names[slot]
@@ -212,7 +210,8 @@ class LayerStore:
             name = self._names.get(slot)
             if name is None or is_stored(name, stored):
                 continue
-            async with self._locks.hold(_key(name.reference, name.digest)):
+            # In this order, see `show_trees`; its look at the path would have the layer made anew.
+            async with self._showing, self._locks.hold(_key(name.reference, name.digest)):
                 if slot in self._names and self._uses[slot] == uses and not self._looked_at(slot):
                     await self._remove(name)
                     removed += 1

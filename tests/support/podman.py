@@ -126,6 +126,25 @@ class Podman:
         """
         wait_until(lambda: self.run("rmi", reference, check=False).returncode == 0)
 
+    def remove_containers(self) -> None:
+        """Remove all containers, also what is left of those that were killed.
+
+        What is mounted for one of these may be in use for a moment by its own clean-up; Podman forgets
+        the container then, and leaves its files to who asks for what others have made (`--external`).
+
+        Raises:
+            TimeoutError: one stays.
+        """
+
+        def gone() -> bool:
+            self.run("rm", "--all", "--force", "--time=0", check=False)
+            left = self.run("ps", "--all", "--external", "--quiet").stdout.split()
+            if left:
+                self.run("rm", "--force", "--time=0", *left, check=False)
+            return not left
+
+        wait_until(gone)
+
     def close(self) -> None:
         """Remove all containers and images."""
         self.run("rm", "--all", "--force", "--time=0", check=False)
