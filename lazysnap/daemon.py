@@ -24,6 +24,7 @@ from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.announced import OpenAhead
+from lazysnap.snapshotter.early import EarlyFetch
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.shard_layers import ShardLayers
@@ -97,18 +98,22 @@ async def _serve(
                 trees=cache.trees if showing.composing else "",
             )
             finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
-            ahead = OpenAhead(registry, opener, finder, nursery)
+            learner = Learner(
+                root,
+                supervisor,
+                enabled=config.fetch.learn_profiles,
+                seconds=config.fetch.learn_seconds,
+            )
+            early = EarlyFetch(supervisor, finder, learner, nursery)
+            # Else a layer may need a shard of its own.
+            opened = early.opened if showing.any_shard else None
+            ahead = OpenAhead(registry, opener, finder, nursery, opened)
             layers = ShardLayers(
                 root,
                 supervisor,
                 opener,
                 nursery,
-                Learner(
-                    root,
-                    supervisor,
-                    enabled=config.fetch.learn_profiles,
-                    seconds=config.fetch.learn_seconds,
-                ),
+                learner,
                 finder,
                 showing,
                 ahead,

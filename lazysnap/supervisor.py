@@ -14,7 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Shard:
     worker: int = 0
     silent_pings: int = 0
     slots: int = 0
+    reserved: int = 0
 
 
 class Supervisor:
@@ -103,7 +104,23 @@ class Supervisor:
             if placed in numbers:
                 return placed
         shards = [self._shards.setdefault(n, _Shard(n)) for n in numbers]
-        return min(shards, key=lambda shard: (shard.slots, shard.number)).number
+        return min(shards, key=lambda each: (each.slots + each.reserved, each.number)).number
+
+    @contextlib.contextmanager
+    def reserved(self, layer: str) -> Iterator[int]:
+        """The shard that will have the next slot of a layer, if that needs no other kind of shard.
+
+        Args:
+            layer: its digest.
+        """
+        shard = self.choose(layer, xattrs=False)
+        self._shards.setdefault(shard, _Shard(shard)).reserved += 1
+        self._places.setdefault(layer, []).append(shard)
+        try:
+            yield shard
+        finally:
+            self._shards[shard].reserved -= 1
+            self._leave(layer, shard)
 
     def note(self, shard: int, layer: str) -> None:
         """Note that a shard has got a layer."""
@@ -113,6 +130,9 @@ class Supervisor:
     def note_gone(self, shard: int, layer: str) -> None:
         """Note that a shard has lost a layer."""
         self._shards.setdefault(shard, _Shard(shard)).slots -= 1
+        self._leave(layer, shard)
+
+    def _leave(self, layer: str, shard: int) -> None:
         places = self._places.get(layer, [])
         if shard in places:
             places.remove(shard)

@@ -36,3 +36,15 @@ def test_layers_with_xattrs_have_shards_of_their_own(tmp_path: Path) -> None:
     supervisor = Supervisor(str(tmp_path), 2)
     supervisor.note(0, "a")
     assert supervisor.choose("a", xattrs=True) == FIRST_XATTR_SHARD
+
+
+def test_a_layer_that_is_expected_comes_where_it_was_told_of(tmp_path: Path) -> None:
+    supervisor = Supervisor(str(tmp_path), 2)
+    with supervisor.reserved("a") as first, supervisor.reserved("b") as second:
+        assert {first, second} == {0, 1}
+        for _ in range(3):
+            supervisor.note(second, "others")
+        assert supervisor.choose("b", xattrs=False) == second
+        assert supervisor.choose("b", xattrs=True) == FIRST_XATTR_SHARD
+        assert supervisor.layers() == 3
+    assert supervisor.choose("b", xattrs=False) == first

@@ -6,6 +6,7 @@ Only the kernel's list is read: looking at a mount point would ask its server, w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,26 +20,29 @@ from lazysnap.overlay import fs_path
 
 _TREES = "cache/trees"
 _SETTLE_SECONDS = 3.0
+# Longer than the image of a tree may take.
+_NEW_SECONDS = 150.0
 
 
 def expected(context: Context) -> Iterator[Finding]:
     """Every lazy snapshot shows its layer, through the shard that serves it now."""
-    # In this order: a layer is mounted before the database knows it.
-    known = attached(context) or {}
-    points = {point.path: point for point in mounts.mount_points()}
-    missing, stale = [], []
-    for number, attachment in sorted(known.items()):
-        there = points.get(fs_path(context.below_root("snapshots"), number))
-        shard = points.get(context.below_root("shards", str(attachment.shard)))
-        if there is None:
-            missing.append(number)
-        elif not shows_layer(context, there, shard, attachment.slot):
-            stale.append(number)
-    # What was removed meanwhile is no loss.
-    now = attached(context) or {}
-    missing, stale = ([n for n in found if n in now] for found in (missing, stale))
+    missing, stale = _lost(context)
     up = running_daemon(context) is not None
     cure = "pull or start the image again: it is mounted then" if up else "start lazysnap serve"
+    if up:
+        # A layer can become visible a little later than the database knows it.
+        end = time.monotonic() + _SETTLE_SECONDS
+        while missing and time.monotonic() < end:
+            time.sleep(_SETTLE_SECONDS / 30)
+            missing, stale = _lost(context)
+        coming = [number for number in missing if _is_new(context, number)]
+        missing = [number for number in missing if number not in coming]
+        if coming:
+            yield warning(
+                f"{len(coming)} lazy layers are not mounted yet: snapshots {_some(coming)}",
+                "they are large and were pulled just now; a container on them starts when they are",
+                "check again in two minutes",
+            )
     if missing:
         yield failure(
             f"{len(missing)} lazy layers are not mounted: snapshots {_some(missing)}",
@@ -52,6 +56,32 @@ def expected(context: Context) -> Iterator[Finding]:
             "containers that use them get errors (transport endpoint is not connected)",
             f"{cure}; containers that run now must be started anew",
         )
+
+
+def _lost(context: Context) -> tuple[list[int], list[int]]:
+    """The lazy snapshots that are not mounted, and those mounted from a shard that is gone."""
+    known = attached(context) or {}
+    points = {point.path: point for point in mounts.mount_points()}
+    missing, stale = [], []
+    for number, attachment in sorted(known.items()):
+        there = points.get(fs_path(context.below_root("snapshots"), number))
+        shard = points.get(context.below_root("shards", str(attachment.shard)))
+        if there is None:
+            missing.append(number)
+        elif not shows_layer(context, there, shard, attachment.slot):
+            stale.append(number)
+    # What was removed meanwhile is no loss.
+    now = attached(context) or {}
+    return [n for n in missing if n in now], [n for n in stale if n in now]
+
+
+def _is_new(context: Context, number: int) -> bool:
+    """Whether a snapshot got its place so lately that the image of its tree may still be made."""
+    try:
+        placed = os.stat(context.below_root("snapshots", str(number))).st_ctime
+    except OSError:
+        return False
+    return time.time() - placed < _NEW_SECONDS
 
 
 def shows_layer(context: Context, there: MountPoint, shard: MountPoint | None, slot: int) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -127,10 +127,16 @@ class Opener:
         """Layers will be opened soon: get ready for them."""
         self._builders.expect()
 
-    async def open(self, source: LayerSource) -> OpenedLayer:
+    async def open(
+        self, source: LayerSource, indexed: Callable[[OpenedLayer], object] | None = None
+    ) -> OpenedLayer:
         """Make sure that the layer's index is on disk.
 
         The image of its tree may still be made, if somebody else has opened the layer; see `finished`.
+
+        Args:
+            source: of the layer.
+            indexed: called once, as soon as the index is on disk, which can be before the return.
 
         Raises:
             NotLazy: it cannot be read lazily; `reason` says why.
@@ -155,13 +161,25 @@ class Opener:
         if name in self._indexed:
             await self._indexed[name].wait()
             size = await trio.to_thread.run_sync(_known, self._path(name))
+        told = False
+
+        def tell(size: int) -> None:
+            nonlocal told
+            if indexed is not None and not told:
+                told = True
+                indexed(self._opened(source, name, size))
+
         if size is None:
-            size = await self._ensure(source, name)
+            size = await self._ensure(source, name, tell)
+        tell(size)
+        return self._opened(source, name, size)
+
+    def _opened(self, source: LayerSource, name: str, size: int) -> OpenedLayer:
         fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
         annotations = {k: v for k, v in source.annotations.items() if k in _NEEDED}
         return OpenedLayer(name, size, annotations, fetched)
 
-    async def _ensure(self, source: LayerSource, name: str) -> int:
+    async def _ensure(self, source: LayerSource, name: str, tell: Callable[[int], None]) -> int:
         """Build an index unless it is there; the size of the blob."""
         async with self._alone(name):
             size = await trio.to_thread.run_sync(_known, self._path(name))
@@ -170,11 +188,15 @@ class Opener:
                     with tracing.span("open layer", layer=source.digest):
                         self._indexed[name] = indexed = trio.Event()
                         try:
-                            size = await self._build(source, name, indexed)
+                            size = await self._build(source, name, indexed, tell)
                         finally:
                             indexed.set()
                             del self._indexed[name]
         return size
+
+    def is_finished(self, opened: OpenedLayer) -> bool:
+        """Whether nothing is made of a layer any more."""
+        return opened.index not in self._turns
 
     async def finished(self, opened: OpenedLayer) -> None:
         """Wait until nothing is made of a layer any more."""
@@ -216,7 +238,9 @@ class Opener:
             complete=True,
         )
 
-    async def _build(self, source: LayerSource, name: str, indexed: trio.Event) -> int:
+    async def _build(
+        self, source: LayerSource, name: str, indexed: trio.Event, tell: Callable[[int], None]
+    ) -> int:
         self.expect()
         blob = self._registry.source(source.reference, source.digest, source.size)
         length = _TAIL_UNKNOWN
@@ -244,7 +268,12 @@ class Opener:
         if len(self._fetched) >= _REMEMBERED:
             self._fetched.clear()
         self._fetched[name] = time.monotonic()
-        answer = await self._builders.build(job, data, indexed.set)
+
+        def stored() -> None:
+            indexed.set()
+            tell(tail.size)
+
+        answer = await self._builders.build(job, data, stored)
         _log.info("layer opened", layer=source.digest, nodes=answer.nodes, bytes=answer.total_size)
         return tail.size
 

@@ -9,12 +9,33 @@ twice.
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import msgspec
 
 from lazysnap.layers import recordfiles
 
 _VERSION = 1
+
+
+class Origin(Protocol):
+    """Where the bytes of a layer are; the attributes are as those of `SlotRecord`."""
+
+    @property
+    def index(self) -> str:
+        """Name of the index file below `cache/index`."""
+
+    @property
+    def layer_digest(self) -> str:
+        """Of the compressed blob."""
+
+    @property
+    def reference(self) -> str:
+        """Image reference that the blob is fetched by."""
+
+    @property
+    def blob_size(self) -> int:
+        """Of the compressed blob, in bytes."""
 
 
 class Inherited(msgspec.Struct, array_like=True, frozen=True):

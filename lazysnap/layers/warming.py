@@ -13,29 +13,28 @@ import os
 from collections.abc import Sequence
 
 from lazysnap.cache import Cache
+from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.fetch import Plan
 from lazysnap.layers.profile import Read, plan
+from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import tree_name
-from lazysnap.layers.view import LayerView
 
 # Bytes of one layer; what is read after so many, the kernel's own read-ahead may bring.
 _MOST = 256 << 20
 _TREE_MOST = 32 << 20
 
 
-def prepare_start(cache: Cache, layer: LayerView, found: Sequence[tuple[int, Read]]) -> Plan:
+def prepare_start(cache: Cache, index: LayerIndex, found: Sequence[tuple[int, Read]]) -> Plan:
     """Begin to read what is local, and plan to fetch the rest.
 
     Args:
         cache: that may have contents of the layer.
-        layer: whose files a container is going to read.
+        index: of the layer whose files a container is going to read.
         found: what a profile says of the layer, see `locate`.
 
     Returns:
         A plan of what is not local, and perhaps of more: it skips what it finds.
     """
-    record, index = layer.record, layer.index
-    _begin_reading(os.path.join(cache.trees, tree_name(record.index, record.inherited)))
     missing = []
     left = _MOST
     for node, read in found:
@@ -51,8 +50,16 @@ def prepare_start(cache: Cache, layer: LayerView, found: Sequence[tuple[int, Rea
     return plan(index, missing)
 
 
-def _begin_reading(tree: str) -> None:
-    """Names and attributes are in one file, in which the kernel would look here and there."""
+def prepare_tree(cache: Cache, record: SlotRecord) -> None:
+    """Begin to read the image of a layer's tree, if there is one.
+
+    Names and attributes are in this one file, in which the kernel would look here and there.
+
+    Args:
+        cache: that has the image.
+        record: of the layer's slot.
+    """
+    tree = os.path.join(cache.trees, tree_name(record.index, record.inherited))
     with contextlib.suppress(OSError):  # there is none if a shard serves them
         _advise(os.open(tree, os.O_RDONLY | os.O_CLOEXEC), 0, _TREE_MOST)
 

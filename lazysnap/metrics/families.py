@@ -83,7 +83,7 @@ FAMILIES = {
         "Calls that were answered with an error; AlreadyExists of prepare is a lazy layer.",
         *("method", "code"),
     ),
-    MOUNT_SECONDS: _histogram("Lazy mounts of layers that succeeded."),
+    MOUNT_SECONDS: _histogram("Until a lazy layer was answered for; its mount may come later."),
     FALLBACKS: _counter("Layers that were asked for lazily and are unpacked instead.", "reason"),
     LAZY_LAYERS: _gauge("Layers that are mounted lazily."),
     RESTORED: _counter(

@@ -44,18 +44,20 @@ class Linking:
         self._changed = 0
         self._looking = trio.Lock()
 
-    def begun(self, record: SlotRecord, index: LayerIndex, node: int) -> None:
+    def begun(self, name: str, index: LayerIndex, node: int) -> None:
         """The beginning of a file is read: follow it, if it was not and may be a program or a library.
 
         Args:
-            record: of the layer's slot, or of one of them.
+            name: of the index.
             index: of the layer.
             node: of the file.
         """
-        followed = self._followed.setdefault(record.index, set())
+        followed = self._followed.setdefault(name, set())
         if node not in followed and may_link(index, node):
-            followed.add(node)
-            self._nursery.start_soon(self._follow, record.slot, node)
+            slot = self._layers.slot_of(name)
+            if slot is not None:
+                followed.add(node)
+                self._nursery.start_soon(self._follow, slot, node)
 
     async def link(self, slot: int, node: int) -> None:
         """Fetch what loading a file reads, and have fetched what it links to; does not wait for it.

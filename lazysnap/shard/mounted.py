@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that a shard serves, by slot; loaded from disk when they are first asked for.
 
-Two slots of the same layer share its index and its reader. Knows nothing of FUSE.
+Two slots of the same layer share its index and its reader, which may be there before any slot. Knows
+nothing of FUSE.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -16,7 +19,7 @@ from lazysnap.index.model import Attributes
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.recorder import Recorder
-from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
+from lazysnap.layers.slots import Origin, SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.owners import Owners, possible_owners
 
@@ -70,7 +73,7 @@ class MountedLayers:
     """
 
     def __init__(
-        self, root: str, shard: int, make_reader: Callable[[SlotRecord, LayerIndex], LayerReader]
+        self, root: str, shard: int, make_reader: Callable[[Origin, LayerIndex], LayerReader]
     ) -> None:
         self.root = root
         self.shard = shard
@@ -78,6 +81,7 @@ class MountedLayers:
         self._owners = possible_owners()
         self._by_slot: dict[int, MountedLayer] = {}
         self._readers: dict[str, LayerReader] = {}
+        self._held: Counter[str] = Counter()
         self._loading: dict[int, trio.Lock] = {}
 
     def get(self, slot: int) -> MountedLayer | None:
@@ -116,29 +120,58 @@ class MountedLayers:
         record = read_slot(self.root, slot)
         if record.shard != self.shard:
             raise Internal(f"slot {slot} belongs to shard {record.shard}")
-        reader = self._readers.get(record.index)
-        if reader is None:
-            path = os.path.join(self.root, "cache", "index", record.index)
-            index = await trio.to_thread.run_sync(open_index, path)
-            # Another slot of the layer may have got one meanwhile; there is one for each layer.
-            reader = self._readers.get(record.index)
-            if reader is None:
-                reader = self._readers[record.index] = self._make_reader(record, index)
+        reader = await self._reader(record)
         if self._owners is not None:
             return OwnedLayer(record, reader, self._owners)
         return MountedLayer(record, reader)
 
+    async def _reader(self, origin: Origin) -> LayerReader:
+        """The one reader of a layer."""
+        reader = self._readers.get(origin.index)
+        if reader is None:
+            path = os.path.join(self.root, "cache", "index", origin.index)
+            index = await trio.to_thread.run_sync(open_index, path)
+            # Somebody else may have got one meanwhile.
+            reader = self._readers.get(origin.index)
+            if reader is None:
+                reader = self._readers[origin.index] = self._make_reader(origin, index)
+        return reader
+
+    @asynccontextmanager
+    async def hold(self, origin: Origin) -> AsyncIterator[LayerReader]:
+        """Keep the reader of a layer, though no slot may show the layer yet.
+
+        Args:
+            origin: of the layer. If its `index` is not used afterwards, the reader is gone.
+
+        Raises:
+            Internal: the index cannot be used.
+        """
+        self._held[origin.index] += 1
+        try:
+            yield await self._reader(origin)
+        finally:
+            self._held -= Counter([origin.index])
+            self._drop_unused(origin.index)
+
     def forget(self, slot: int) -> None:
-        """Let go of a slot, and of its layer when no other slot shows it."""
+        """Let go of a slot, and of its layer when nobody else uses it."""
         gone = self._by_slot.pop(slot, None)
-        if gone is None:
-            return
-        if not self.uses(gone.record.index):
-            self._readers.pop(gone.record.index, None)
+        if gone is not None:
+            self._drop_unused(gone.record.index)
+
+    def _drop_unused(self, index: str) -> None:
+        if not self.uses(index):
+            self._readers.pop(index, None)
 
     def uses(self, index: str) -> bool:
-        """Whether a loaded slot shows the layer with this index."""
-        return any(layer.record.index == index for layer in self._by_slot.values())
+        """Whether the reader of the layer with this index is kept, for a loaded slot or by `hold`."""
+        return self._held[index] > 0 or self.slot_of(index) is not None
+
+    def slot_of(self, index: str) -> int | None:
+        """A loaded slot that shows the layer with this index, if there is one."""
+        of_index = (s for s, layer in self._by_slot.items() if layer.record.index == index)
+        return next(of_index, None)
 
     async def tidy(self) -> None:
         """Every few seconds, give back the memory into which indexes were read; for ever."""

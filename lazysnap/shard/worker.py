@@ -5,6 +5,7 @@ Forked by the keeper (see there). It may be killed at any moment: all it knows i
 next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 
 - `ping()` who serves
+- `expect(layer, reads)` fetch ahead what a profile names of a layer that will soon be attached
 - `attach(slot, reads)` make sure that a slot can be served, and fetch ahead what a profile names;
   may be called again
 - `detach(slots)` let go of slots whose records are gone
@@ -25,8 +26,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -37,26 +37,20 @@ import lazysnap
 from lazysnap import channel, log, tracing
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
-from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
-from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.ahead import Ahead
 from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Fetcher, Plan
-from lazysnap.layers.guess import Guesser
-from lazysnap.layers.profile import Read, landmark_plan, locate
+from lazysnap.layers.fetch import Plan
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Priority, Scheduler
-from lazysnap.layers.seeded import SeededSource
-from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.upkeep import keep_within_limits
-from lazysnap.layers.walk import Walks
-from lazysnap.layers.warming import prepare_start
-from lazysnap.reference import Reference
+from lazysnap.layers.warming import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.draining import Draining
+from lazysnap.shard.expecting import Expected, Expecting
+from lazysnap.shard.fetching import Fetching
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.leisure import Leisure
 from lazysnap.shard.linking import Linking
@@ -101,17 +95,29 @@ class Worker:
         self.cache = Cache(os.path.join(root, "cache"))
         self.evictor = Evictor(self.cache, settings.cache)
         self.contents = Contents(self.cache, evictor=self.evictor)
-        self.layers = MountedLayers(root, number, self._make_reader)
         self.scheduler = Scheduler(settings.limits)
         self.ahead = Ahead(self.scheduler, nursery, Leisure(self.evictor).wait)
+        self._decoders = trio.CapacityLimiter(settings.decode_threads)
+        self.fetching = Fetching(
+            registry,
+            self.cache,
+            self.contents,
+            self.scheduler,
+            self.ahead,
+            nursery,
+            self._decoders,
+        )
+        self.layers = MountedLayers(
+            root,
+            number,
+            lambda origin, index: self.fetching.make_reader(origin, index, self.linking.begun),
+        )
+        self.expecting = Expecting(self.layers, self.fetching, nursery, self._forget_unused)
         self.draining = Draining(self.layers, self.ahead)
         self.linking = Linking(self.layers, self.ahead, nursery)
         self.restarting = trio.CancelScope()
         self._registry = registry
         self._nursery = nursery
-        self._decoders = trio.CapacityLimiter(settings.decode_threads)
-        self._blobs: dict[str, Blob] = {}
-        self._guessers: dict[str, Guesser] = {}
         self._health = LayerHealth(self.cache, settings)
         watch = watch_objects(self.cache)
         self.recording = Recording(self.layers, self.cache, watch, nursery)
@@ -135,42 +141,12 @@ class Worker:
 
     async def _blob(self, slot: int) -> Blob:
         layer = await self.layers.load(slot)
-        return self._blobs[layer.record.index]
-
-    def _make_reader(self, record: SlotRecord, index: LayerIndex) -> LayerReader:
-        reference = Reference.parse(record.reference)
-        digest = Digest.parse(record.layer_digest)
-        blob = self._registry.source(reference, digest, record.blob_size)
-        self._blobs[record.index] = blob
-        fetcher = Fetcher(
-            index,
-            SeededSource(blob, f"{self.cache.index}/{record.index}", lambda: fetcher.counters),
-            self.contents,
-            self._nursery,
-            self._decoders,
-            self.scheduler,
-            reference.host,
-            record.layer_digest,
-        )
-
-        def add(plan: Plan) -> None:
-            self.ahead.add(fetcher, plan, Priority.PREFETCH)
-
-        guesser = self._guessers[record.index] = Guesser(index, add)
-        host = self.scheduler.host(reference.host)
-        walks = Walks(index, add, lambda: host.bandwidth)
-
-        def missed(node: int) -> None:
-            guesser.missed(node)
-            walks.missed(node)
-
-        begun = partial(self.linking.begun, record, index)
-        return LayerReader(index, self.contents, fetcher, missed, begun)
+        return self.fetching.blob(layer.record.index)
 
     def handlers(self) -> dict[str, channel.Handler]:
         """The calls of the control socket."""
         names = (
-            *("ping", "attach", "detach", "health", "status", "metrics"),
+            *("ping", "expect", "attach", "detach", "health", "status", "metrics"),
             *("trace", "reload", "restart"),
         )
         others = {
@@ -196,6 +172,17 @@ class Worker:
             "requests": reporting.requests(),
         }
 
+    async def expect(self, layer: Mapping[str, Any], reads: Sequence[Any] = ()) -> None:
+        """Begin to fetch ahead of a layer that no slot shows yet.
+
+        If none does so soon, its reader is given up again; what was fetched is in the cache.
+
+        Args:
+            layer: its index, which is on disk, and where its bytes are: see `Expected`.
+            reads: as for `attach`.
+        """
+        self.expecting.expect(msgspec.convert(layer, Expected), reads)
+
     async def attach(
         self, slot: int, reads: Sequence[Any] = (), reachable: bool = False
     ) -> dict[str, Any]:
@@ -208,29 +195,21 @@ class Worker:
         """
         layer = await self.layers.load(slot)
         if reachable:
-            self._blobs[layer.record.index].note_success()
+            self.fetching.blob(layer.record.index).note_success()
+        begun = self.expecting.shown(layer.record.index, reads)
         # The caller need not wait until a long profile has been understood.
-        self._nursery.start_soon(self._prefetch, layer, reads)
+        self._nursery.start_soon(self._prefetch, layer, None if begun else reads)
         self._fetch_all(layer)
         return {"nodes": layer.index.node_count}
 
-    async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any]) -> None:
-        """Fetch what is needed first; wrong advice changes nothing."""
+    async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any] | None) -> None:
+        """Read from the disk, and unless that has begun fetch, what a start needs."""
         try:
-            if reads:
-                wanted = msgspec.convert(reads, list[Read])
-                found = await trio.to_thread.run_sync(locate, layer.index, wanted)
-                guesser = self._guessers.get(layer.record.index)
-                if guesser is not None:  # else the layer is gone already
-                    guesser.expect(node for node, _ in found)
-                plan = await trio.to_thread.run_sync(prepare_start, self.cache, layer, found)
-            else:
-                plan = landmark_plan(layer.index) or Plan(())
-        except (LazysnapError, msgspec.ValidationError) as error:
-            _log.warning("nothing is prefetched", layer=layer.record.layer_digest, error=error)
-            return
-        if self.layers.get(layer.record.slot) is layer:
-            self.ahead.add(layer.reader.fetcher, plan, Priority.PREFETCH)
+            await trio.to_thread.run_sync(prepare_tree, self.cache, layer.record)
+            if reads is not None:
+                await self.fetching.prefetch(layer.record, layer.reader, reads)
+        except Exception:  # advice must not end the worker
+            _log.exception("fetching ahead failed", layer=layer.record.layer_digest)
 
     def _fetch_all(self, layer: MountedLayer) -> None:
         """Fetch the whole layer when nothing else is to be done, if that is wanted."""
@@ -273,19 +252,21 @@ class Worker:
         for slot in slots:
             gone = self.layers.get(slot)
             self.layers.forget(slot)
-            if gone is not None and not self.layers.uses(gone.record.index):
-                self.ahead.drop(gone.reader.fetcher)
-                self._blobs.pop(gone.record.index, None)
-                self._guessers.pop(gone.record.index, None)
-                self._health.forget(gone.record.index)
-                self.draining.forget(gone.record.index)
-                self.linking.forget(gone.record.index)
+            if gone is not None:
+                self._forget_unused(gone.record.index, gone.reader)
             if not reload:
                 place = (
                     self.names.forget(slot) if self.names else (pyfuse3.ROOT_INODE, b"%d" % slot)
                 )
                 if place is not None:
                     pyfuse3.invalidate_entry_async(*place, deleted=0, ignore_enoent=True)
+
+    def _forget_unused(self, index: str, reader: LayerReader) -> None:
+        if not self.layers.uses(index):
+            self.fetching.forget(index, reader)
+            self._health.forget(index)
+            self.draining.forget(index)
+            self.linking.forget(index)
 
     async def health(self, slots: Sequence[int]) -> dict[int, dict[str, str]]:
         """State and detail of slots: those of `LayerHealth.look`, or `failed`.
@@ -299,7 +280,7 @@ class Worker:
         async def look(slot: int) -> None:
             try:
                 layer = await self.layers.load(slot)
-                state, detail = await self._health.look(layer, self._blobs[layer.record.index])
+                state, detail = await self._health.look(layer, await self._blob(slot))
             except LazysnapError as error:
                 state, detail = "failed", str(error)
             except Exception as error:  # one bad layer must not hide the state of the others

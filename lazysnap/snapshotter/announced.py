@@ -9,13 +9,16 @@ it: a layer that was not opened ahead is opened when it is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import trio
 
 from lazysnap import log, oci
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
 from lazysnap.labels import RemoteRequest
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -23,7 +26,8 @@ from lazysnap.registry.image import Image
 from lazysnap.snapshotter.finder import ProfileFinder
 
 _log = log.get(__name__)
-_REMEMBERED = 1000
+# The layers of one pull ask once; an image that is pulled again may have been removed in between.
+_AGAIN_SECONDS = 60.0
 _AT_ONCE = 4
 
 
@@ -34,17 +38,24 @@ class OpenAhead:
         registry: client.
         opener: of layers.
         finder: of profiles in the registry.
+        opened: told of each layer that is opened here, as soon as its index is on disk.
         nursery: where all that runs.
     """
 
     def __init__(
-        self, registry: Registry, opener: Opener, finder: ProfileFinder, nursery: trio.Nursery
+        self,
+        registry: Registry,
+        opener: Opener,
+        finder: ProfileFinder,
+        nursery: trio.Nursery,
+        opened: Callable[[LayerSource, OpenedLayer], None] | None = None,
     ) -> None:
         self._registry = registry
         self._opener = opener
         self._finder = finder
         self._nursery = nursery
-        self._begun: set[Digest] = set()
+        self._opened = opened
+        self._begun: dict[Digest, float] = {}
         self._limit = trio.CapacityLimiter(_AT_ONCE)
 
     async def image(self, reference: Reference, platform: Platform) -> Image:
@@ -85,11 +96,11 @@ class OpenAhead:
                 )
 
     def _first_time(self, manifest: Digest) -> bool:
+        now = trio.current_time()
+        self._begun = {m: at for m, at in self._begun.items() if now - at < _AGAIN_SECONDS}
         if manifest in self._begun:
             return False
-        if len(self._begun) > _REMEMBERED:
-            self._begun.clear()
-        self._begun.add(manifest)
+        self._begun[manifest] = now
         return True
 
     def _all(self, reference: Reference, digest: Digest, manifest: oci.Manifest) -> None:
@@ -107,7 +118,8 @@ class OpenAhead:
 
     async def _open(self, source: LayerSource) -> None:
         try:
-            await self._opener.open(source)
+            told = partial(self._opened, source) if self._opened is not None else None
+            await self._opener.open(source, told)
         except LazysnapError as error:
             # Whatever is wrong with it will be said when it is asked for.
             _log.debug("layer not opened ahead", layer=source.digest, error=error)

@@ -147,15 +147,16 @@ class LazySnapshots:
                 _log.exception("mounting a layer lazily failed", name=name)
                 return "internal"
 
-            def place() -> None:
+            def place() -> Attached:
                 stored = {**labels, REMOTE: _REMOTE_VALUE}
                 with self._store.committing_remote(
                     name, parent[0], stored, attachment, parent_id=parent[1]
                 ) as number:
                     self._dirs.place(directory, number)
+                return Attached(number, self._dirs.fs(number), attachment)
 
             try:
-                await self._in_turn(place)
+                self._remote.placed(await self._in_turn(place))
             except BaseException:
                 await self.release(0, mountpoint, attachment)
                 raise

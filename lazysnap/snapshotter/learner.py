@@ -57,8 +57,17 @@ class Learner:
         now = trio.current_time()
         self._told = {s: t for s, t in self._told.items() if now - t < _JUST_TOLD_SECONDS}
         self._told[record.slot] = now
-        builtins: list[object] = msgspec.to_builtins(profile.layers.get(record.layer_digest, []))
-        return builtins
+        return _reads(profile, record.layer_digest)
+
+    async def early_reads(self, manifest: str, layer_digest: str) -> list[object]:
+        """As `reads`, of a layer that has no slot yet; `reads` is called when it has.
+
+        Args:
+            manifest: digest of the image's manifest.
+            layer_digest: of the compressed blob.
+        """
+        profile = await self._find(manifest)
+        return [] if profile is None else _reads(profile, layer_digest)
 
     async def _find(self, manifest: str) -> Profile | None:
         if not manifest:
@@ -149,6 +158,11 @@ class Learner:
         if profile.layers:
             await trio.to_thread.run_sync(self._store.add, profile)
             _log.info("start learned", manifest=manifest, bytes=profile.size())
+
+
+def _reads(profile: Profile, layer_digest: str) -> list[object]:
+    builtins: list[object] = msgspec.to_builtins(profile.layers.get(layer_digest, []))
+    return builtins
 
 
 def _manifest(chain: Iterable[SlotRecord]) -> str:

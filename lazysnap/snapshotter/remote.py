@@ -58,7 +58,7 @@ class RemoteLayers(Protocol):
     async def prepare(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
     ) -> Attachment:
-        """Make a layer visible.
+        """Attach a layer, and make it visible if that can be done at once; else see `placed`.
 
         Args:
             slot: a number that was never used before.
@@ -74,6 +74,12 @@ class RemoteLayers(Protocol):
         Raises:
             LazysnapError: this layer cannot be mounted lazily, `reason` says why. Then, and when
                 cancelled, nothing is left mounted or attached.
+        """
+
+    def placed(self, attached: Attached) -> None:
+        """A layer that was prepared has its place: it is to become visible there, if it is not yet.
+
+        `check` waits for it.
         """
 
     async def check(self, chain: Sequence[Attached]) -> None:

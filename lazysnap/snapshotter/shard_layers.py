@@ -36,9 +36,11 @@ from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.announced import OpenAhead
+from lazysnap.snapshotter.early import PROFILE_SECONDS
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.snapshotter.revealing import Revealing
 from lazysnap.snapshotter.showing import Showing, record_of
 from lazysnap.snapshotter.unshown import Unshown
 from lazysnap.store.records import Attachment
@@ -46,8 +48,6 @@ from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
 _ATTACH_SECONDS = 10.0
-# The layer was opened meanwhile; this is for a registry that is slower to answer the other question.
-_PROFILE_SECONDS = 0.25
 _HEALTH_SECONDS = 4.0
 _WARN_EVERY_SECONDS = 60.0
 _USABLE = ("local", "reachable", "degraded")
@@ -95,6 +95,7 @@ class ShardLayers:
         self._learner = learner
         self._finder = finder
         self._showing = showing
+        self._revealing = Revealing(opener, showing, nursery)
         self._ahead = ahead
         self._opaque_xattr = opaque_xattr
         self._warned: dict[int, float] = {}
@@ -103,7 +104,7 @@ class ShardLayers:
     async def prepare(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
     ) -> Attachment:
-        """Make a layer visible; see `RemoteLayers`."""
+        """Attach a layer; see `RemoteLayers`."""
         request = parse_remote_request(labels)
         if request is None:
             raise NotLazy("the labels name no layer", reason="no-image-labels")
@@ -120,7 +121,7 @@ class ShardLayers:
         )
         opened = await self._opener.open(source)
         if request.manifest_digest is not None:
-            await self._finder.settled(request.manifest_digest, _PROFILE_SECONDS)
+            await self._finder.settled(request.manifest_digest, PROFILE_SECONDS)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
         special = merged.xattrs and not self._showing.any_shard
         shard = self._supervisor.choose(request.layer_digest, xattrs=special)
@@ -152,13 +153,16 @@ class ShardLayers:
                 reads=await self._learner.reads(record),
                 reachable=opened.fetched,
             )
-            await self._opener.finished(opened)
-            await trio.to_thread.run_sync(self._showing.show, record, mountpoint)
+            await self._revealing.show(opened, record, mountpoint)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.release(Attached(0, mountpoint, attachment))
             raise
         return attachment
+
+    def placed(self, attached: Attached) -> None:
+        """A layer has its place; see `RemoteLayers`."""
+        self._revealing.placed(attached)
 
     def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
         """In a thread: what the layers below mean for how this one is shown."""
@@ -183,6 +187,7 @@ class ShardLayers:
 
     async def check(self, chain: Sequence[Attached]) -> None:
         """See that layers can serve reads; see `RemoteLayers`."""
+        await self._revealing.settled(attached.attachment.slot for attached in chain)
         errors: list[LazysnapError] = []
         health: dict[int, Mapping[str, str]] = {}
 
@@ -218,7 +223,12 @@ class ShardLayers:
                 await self._restore_index(attached)
             await self._supervisor.call(shard, "detach", slots=slots, reload=True)
             health = await self._health(shard, slots)
-        await trio.to_thread.run_sync(self._showing.restore, chain)
+        if await trio.to_thread.run_sync(self._showing.restore, chain):
+            raise Unavailable(
+                "a lazy layer cannot be mounted",
+                hint="the log of the service says why",
+                reason="layer-unavailable",
+            )
         return health
 
     async def _health(self, shard: int, slots: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
@@ -283,11 +293,10 @@ class ShardLayers:
         await trio.to_thread.run_sync(self._restore_records, attached)
         shards = {each.attachment.shard for each in attached}
         await self._supervisor.start(shards)
-        await trio.to_thread.run_sync(self._showing.restore, attached)
+        failed = await trio.to_thread.run_sync(self._showing.restore, attached)
         for shard in shards:
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(shard, "detach", slots=stale)
-        failed = await trio.to_thread.run_sync(self._showing.missing, attached)
         counts.add(families.RESTORED, "failed", failed)
         counts.add(families.RESTORED, "ok", len(attached) - failed)
         if attached:
@@ -335,6 +344,7 @@ class ShardLayers:
         self._warned.pop(slot, None)
         self._local.discard(slot)
         self._supervisor.note_gone(attached.attachment.shard, attached.attachment.layer_digest)
+        await self._revealing.drop(slot)
         try:
             await trio.to_thread.run_sync(self._showing.hide, slot, attached.mountpoint)
         finally:

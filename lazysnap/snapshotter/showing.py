@@ -45,9 +45,11 @@ class Showing:
 
     Attributes:
         knows_below: the snapshots below a layer are what will be below it in each overlay.
+        may_be_late: a layer may be shown when its snapshot is in use already by name, but not by mounts.
     """
 
     knows_below = True
+    may_be_late = True
 
     def __init__(self, cache: Cache, supervisor: Supervisor, *, kernel_trees: bool) -> None:
         self._cache = cache
@@ -91,8 +93,13 @@ class Showing:
     def _tree(self, record: SlotRecord) -> str:
         return ensure_tree(self._cache, record.index, record.inherited)
 
-    def restore(self, attached: Sequence[Attached]) -> None:
-        """Show each layer that is not visible, or visible through a mount that is gone."""
+    def restore(self, attached: Sequence[Attached]) -> int:
+        """Show each layer that is not visible, or visible through a mount that is gone.
+
+        Returns:
+            How many cannot be shown; the log says why.
+        """
+        failed = 0
         points = {point.path: point for point in mounts.mount_points()}
         for each in attached:
             there = points.get(each.mountpoint)
@@ -104,11 +111,8 @@ class Showing:
                 self.show(record_of(each.attachment), each.mountpoint)
             except LazysnapError as error:
                 _log.error("layer not mounted", slot=each.attachment.slot, error=error)
-
-    def missing(self, attached: Sequence[Attached]) -> int:
-        """How many layers are not visible."""
-        points = {point.path for point in mounts.mount_points()}
-        return sum(each.mountpoint not in points for each in attached)
+                failed += 1
+        return failed
 
     def _serves(
         self, there: MountPoint, attachment: Attachment, points: dict[str, MountPoint]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from lazysnap import filters, log, mounts, overlay
-from lazysnap.errors import FailedPrecondition, Internal, NotFound
+from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
 from lazysnap.labels import EAGER, REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
@@ -333,6 +333,12 @@ class Snapshotter:
             reason = "lazy-off"
             if self._lazy.enabled:
                 reason = await self._lazy.prepare(parent, below, labels)
+            if below is not None:
+                # What a layer leaves out it takes over from those below, which may not be visible yet.
+                try:
+                    await self._lazy.check(below)
+                except LazysnapError as error:
+                    return error.reason
             await self._direct.prepare(parent, below, labels, reason, image)
             return reason
 

@@ -23,10 +23,12 @@ class Unshown:
     Attributes:
         any_shard: as in `Showing`.
         knows_below: as in `Showing`.
+        may_be_late: as in `Showing`; here others use the images of trees as soon as a layer is there.
     """
 
     any_shard = True
     knows_below = False
+    may_be_late = False
 
     def __init__(self, root: str) -> None:
         serve_xattrs_everywhere(root)
@@ -34,8 +36,9 @@ class Unshown:
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         """Nothing."""
 
-    def restore(self, attached: Sequence[Attached]) -> None:
-        """Nothing."""
+    def restore(self, attached: Sequence[Attached]) -> int:
+        """Nothing, of which none fails."""
+        return 0
 
     def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
         """The directories as they are, which is for nobody to see."""
@@ -46,10 +49,6 @@ class Unshown:
 
     def clean(self, slots: Container[int]) -> None:
         """Nothing."""
-
-    def missing(self, attached: Sequence[Attached]) -> int:
-        """None of them."""
-        return 0
 
 
 class Unbound(Unshown):

@@ -15,7 +15,7 @@ import pytest
 
 from lazysnap import mounts
 from lazysnap.check import mounted, store, trial
-from lazysnap.check.finding import Finding, Level
+from lazysnap.check.finding import Context, Finding, Level
 from lazysnap.check.running import repair
 from lazysnap.layers.slots import remove_slot
 from lazysnap.overlay import Kind
@@ -153,6 +153,37 @@ async def test_a_layer_that_is_not_mounted(scene: Scene) -> None:
     scene.lazy("lazy")
     (found,) = await _found(scene, "mounts")
     assert (found.level, "not mounted" in found.summary) == (Level.FAILURE, True)
+
+
+@pytest.mark.root
+async def test_a_layer_that_is_not_mounted_yet(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = scene.lazy("lazy")
+    serving = scene.say_serving()
+    monkeypatch.setattr(mounted, "_SETTLE_SECONDS", 0.1)
+    (found,) = await _found(scene, "mounts")
+    assert (found.level, "not mounted yet" in found.summary) == (Level.WARNING, True)
+    later = time.time() + 200
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: later)
+        (found,) = await _found(scene, "mounts")
+        assert (found.level, "not mounted:" in found.summary) == (Level.FAILURE, True)
+
+    # It is while the probe waits for it.
+    looked = mounted._lost
+
+    def mount_it(context: Context) -> tuple[list[int], list[int]]:
+        lost = looked(context)
+        if lost == ([number], []):
+            mounts.bind(str(tmp_path), str(scene.root / f"snapshots/{number}/fs"))
+            monkeypatch.setattr(mounted, "shows_layer", lambda *_: True)
+        return lost
+
+    monkeypatch.setattr(mounted, "_SETTLE_SECONDS", 60.0)
+    monkeypatch.setattr(mounted, "_lost", mount_it)
+    assert await _found(scene, "mounts") == []
+    os.close(serving)
 
 
 @pytest.mark.root

@@ -23,7 +23,7 @@ from lazysnap.layers.builder import Job
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Scheduler
 from lazysnap.layers.seeded import SeededSource
@@ -347,10 +347,11 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
     bench.add(layer)
     source = bench.source(layer, annotations=bench.toc_label(layer))
     ended: list[object] = []
+    told: list[OpenedLayer] = []
 
     async def ahead() -> None:
         try:
-            ended.append(await opener.open(source))
+            ended.append(await opener.open(source, told.append))
         except Internal as error:
             ended.append(error)
 
@@ -361,6 +362,8 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
         opened = await opener.open(source)
         assert open_index(f"{bench.opener._directory}/{opened.index}").verified
         assert (opened.fetched, ended, list(trees.iterdir())) == (True, [], [])
+        assert told == [opened]
+        assert not opener.is_finished(opened)
         go.touch()
         await opener.finished(opened)
         while not ended:
@@ -371,7 +374,10 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
     else:
         assert ended == [opened]
         assert [path.name for path in trees.iterdir()] == [tree_name(opened.index)]
-    assert (await opener.open(source)).index == opened.index
+    assert told == [opened]
+    assert await opener.open(source, told.append) == opened
+    assert told == [opened, opened]
+    assert opener.is_finished(opened)
 
 
 async def test_one_is_kept_that_has_built_nothing(

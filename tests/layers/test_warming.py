@@ -20,8 +20,8 @@ from lazysnap.layers.members import of_file
 from lazysnap.layers.profile import Read, locate
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
-from lazysnap.layers.view import LayerView, open_index
-from lazysnap.layers.warming import prepare_start
+from lazysnap.layers.view import open_index
+from lazysnap.layers.warming import prepare_start, prepare_tree
 from tests.support import layers
 from tests.support.indexes import toc_of
 from tests.support.stack import wait_until
@@ -41,7 +41,8 @@ class _Start:
         record = SlotRecord(
             slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
         )
-        self.layer = LayerView(record, open_index(os.path.join(self.cache.index, "i")))
+        self.record = record
+        self.index = open_index(os.path.join(self.cache.index, "i"))
         self.tree = ensure_tree(self.cache, "i")
         keys = {name: hashlib.sha256(data).digest() for name, data in _DATA.items()}
         for name in ("a", "b"):
@@ -51,12 +52,11 @@ class _Start:
             _drop(path)
 
     def plan(self, reads: list[Read]) -> Plan:
-        return prepare_start(self.cache, self.layer, locate(self.layer.index, reads))
+        return prepare_start(self.cache, self.index, locate(self.index, reads))
 
     def members(self, *names: str) -> list[int]:
-        index = self.layer.index
-        found = locate(index, [read for read in _READS if read.path in names])
-        return sorted({member for node, _ in found for member in of_file(index, node)})
+        found = locate(self.index, [read for read in _READS if read.path in names])
+        return sorted({member for node, _ in found for member in of_file(self.index, node)})
 
 
 def _drop(path: str) -> None:
@@ -91,8 +91,15 @@ def start(tmp_path: Path) -> _Start:
 def test_what_is_local_is_read_and_the_rest_planned(start: _Start) -> None:
     plan = start.plan([*_READS, Read("none", 0, 9, 0)])
     assert sorted(plan.members) == start.members("c")
-    for path in (start.tree, start.objects["a"], start.objects["b"]):
+    for path in (start.objects["a"], start.objects["b"]):
         wait_until(lambda path=path: _in_memory(path))
+
+
+def test_the_image_of_a_tree_is_read_if_there_is_one(start: _Start) -> None:
+    prepare_tree(start.cache, start.record)
+    wait_until(lambda: _in_memory(start.tree))
+    os.unlink(start.tree)
+    prepare_tree(start.cache, start.record)
 
 
 def test_no_more_is_read_than_the_limit(start: _Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +91,29 @@ class Shard:
     def index_path(self, slot: int) -> Path:
         return self.root / "cache" / "index" / f"index{slot}"
 
-    def attach(self, layer: Layer, **fields: Any) -> Path:
+    def expect(self, layer: Layer, reads: Sequence[Any] = ()) -> None:
+        """Write the index of a layer, and tell of it; `attach` of the next layer has to be of this one."""
+        self.call("expect", layer=self._origin(layer, self._slots + 1), reads=reads)
+
+    def attach(self, layer: Layer, reads: Sequence[Any] = (), **fields: Any) -> Path:
         """Write index and slot of a layer, and attach it."""
         self._slots += 1
         slot = self._slots
+        record = {"slot": slot, "shard": NUMBER, **self._origin(layer, slot)}
+        write_slot(str(self.root), SlotRecord(**{**record, **fields}))
+        if fields.get("shard", NUMBER) == NUMBER:
+            self.call("attach", slot=slot, reads=reads)
+        return self.mountpoint / str(slot)
+
+    def _origin(self, layer: Layer, slot: int) -> dict[str, Any]:
         self.registry.add_blob(layer.blob)
         self.index_path(slot).write_bytes(encode(build(toc_of(layer))))
-        record: dict[str, Any] = {
-            "slot": slot,
-            "shard": NUMBER,
+        return {
             "layer_digest": layer.digest,
             "index": f"index{slot}",
             "reference": f"{self.registry.host}/repo:tag",
             "blob_size": layer.size,
         }
-        write_slot(str(self.root), SlotRecord(**{**record, **fields}))
-        if fields.get("shard", NUMBER) == NUMBER:
-            self.call("attach", slot=slot)
-        return self.mountpoint / str(slot)
 
     def pids(self) -> tuple[int, int]:
         """Keeper and worker."""

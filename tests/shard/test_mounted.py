@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from lazysnap.cache import Cache
+from lazysnap.errors import Internal
 from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Scheduler
-from lazysnap.layers.slots import SlotRecord, write_slot
+from lazysnap.layers.slots import Origin, SlotRecord, write_slot
 from lazysnap.shard.mounted import MountedLayers
 from tests.layers.engine import MemorySource
 from tests.support import layers
@@ -51,7 +53,7 @@ async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_p
     made = []
     async with trio.open_nursery() as nursery:
 
-        def make_reader(record: SlotRecord, index: LayerIndex) -> LayerReader:
+        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
             source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
             fetcher = Fetcher(
                 index, source, contents, nursery, decoders, Scheduler(), "host", "layer"
@@ -73,6 +75,47 @@ async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_p
     contents.close()
 
 
+async def test_a_reader_is_held_without_a_slot(tmp_path: Path) -> None:
+    layer = layers.estargz([layers.file("f", b"content")])
+    cache = Cache(str(tmp_path / "cache"))
+    (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
+    contents = Contents(cache)
+    record = SlotRecord(
+        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+    )
+    write_slot(str(tmp_path), record)
+    async with trio.open_nursery() as nursery:
+
+        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
+            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
+            fetcher = Fetcher(
+                index, source, contents, nursery, decoders, Scheduler(), "host", "layer"
+            )
+            return LayerReader(index, contents, fetcher)
+
+        mounted = MountedLayers(str(tmp_path), 0, make_reader)
+        async with mounted.hold(record) as reader:
+            async with mounted.hold(record) as again:
+                assert again is reader
+            assert mounted.uses("i")
+            assert mounted.slot_of("i") is None
+            assert (await mounted.load(1)).reader is reader
+            mounted.forget(1)
+            assert mounted.uses("i")
+            await mounted.load(1)
+        assert mounted.slot_of("i") == 1
+        assert (await mounted.load(1)).reader is reader
+        mounted.forget(1)
+        assert not mounted.uses("i")
+        assert (await mounted.load(1)).reader is not reader
+        absent = msgspec.structs.replace(record, index="absent")
+        with pytest.raises(Internal):
+            async with mounted.hold(absent):
+                pass
+        assert not mounted.uses("absent")
+    contents.close()
+
+
 async def test_an_index_takes_memory_only_while_it_is_read(
     tmp_path: Path, clock: trio.testing.MockClock
 ) -> None:
@@ -83,7 +126,7 @@ async def test_an_index_takes_memory_only_while_it_is_read(
     contents = Contents(cache)
     async with trio.open_nursery() as nursery:
 
-        def make_reader(record: SlotRecord, index: LayerIndex) -> LayerReader:
+        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
             source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
             return LayerReader(
                 index,

@@ -32,16 +32,18 @@ from lazysnap.store.snapshots import SnapshotStore
 
 TRACED = ("/lazysnap/snapshotter/", "/lazysnap/store/")
 REF = {"containerd.io/snapshot.ref": "sha256:ref"}
+LATER = {"containerd.io/snapshot.ref": "sha256:later"}
 CRASHED = 77
 Point = tuple[int, str, int]
 State = dict[str, tuple[int, str, str, dict[str, str]]]
 
 
 class Bound:
-    """Lazy layers that are a directory, bound where it is wanted."""
+    """Lazy layers that are a directory, bound where it is wanted: some only when they have a place."""
 
     def __init__(self, source: Path) -> None:
         self.source = str(source)
+        self.hidden: set[int] = set()
 
     async def restore(self, attached: Sequence[Attached]) -> None:
         for each in attached:
@@ -55,8 +57,15 @@ class Bound:
         mountpoint: str,
         lowers: Sequence[object] = (),
     ) -> Attachment:
-        mounts.bind(self.source, mountpoint)
+        if labels == REF:
+            mounts.bind(self.source, mountpoint)
+        else:
+            self.hidden.add(slot)
         return Attachment(slot, 0, "sha256:layer", b"")
+
+    def placed(self, attached: Attached) -> None:
+        if attached.attachment.slot in self.hidden:
+            mounts.bind(self.source, attached.mountpoint)
 
     async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
         return [layer.directory for layer in layers]
@@ -72,9 +81,9 @@ class Bound:
         mounts.unmount(attached.mountpoint)
 
 
-async def prepare_lazily(snapshotter: Snapshotter) -> None:
+async def prepare_lazily(snapshotter: Snapshotter, labels: dict[str, str] = REF) -> None:
     with suppress(AlreadyExists):
-        await snapshotter.prepare("extract", "base", REF)
+        await snapshotter.prepare("extract", "base", labels)
         raise AssertionError("not lazy")
 
 
@@ -82,11 +91,13 @@ OPERATIONS: tuple[Callable[[Snapshotter], Awaitable[object]], ...] = (
     lambda s: s.prepare("key", labels={"a": "1"}),
     lambda s: s.commit("base", "key", {"b": "2"}),
     prepare_lazily,
+    lambda s: prepare_lazily(s, LATER),
     lambda s: s.prepare("container", "sha256:ref@1"),
     lambda s: s.view("view", "base"),
     lambda s: s.update("base", {"b": "3"}),
     lambda s: s.remove("container"),
     lambda s: s.remove("sha256:ref@1"),
+    lambda s: s.remove("sha256:later@1"),
     lambda s: s.cleanup(),
 )
 

@@ -128,6 +128,23 @@ async def test_a_known_profile_is_applied_and_not_learned_again(
     assert await learner.reads(_record(3)) == []
 
 
+async def test_what_is_told_early_is_told_with_the_layer_as_well(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """The shard that is told may be another process by then, or the profile may have come since."""
+    shards = Shards()
+    learner = _learner(tmp_path, shards)
+    assert await learner.early_reads(_MANIFEST, _LAYERS[0]) == []
+    await learner.started([_record(1), _record(2)])
+    shards.calls.clear()
+    for _ in range(2):
+        assert await learner.early_reads(_MANIFEST, _LAYERS[0]) == [["f1", 0, 10, 1]]
+    assert await learner.early_reads(_MANIFEST, _LAYERS[2]) == []
+    assert await learner.reads(_record(1)) == [["f1", 0, 10, 1]]
+    await learner.started([_record(1), _record(2)])
+    assert [args["slot"] for _, _, args in shards.calls] == [2]
+
+
 async def test_what_was_told_with_the_layer_is_not_told_again_by_the_first_start(
     tmp_path: Path, clock: Clock
 ) -> None:

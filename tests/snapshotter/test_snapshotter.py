@@ -7,11 +7,13 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 
 from lazysnap import mounts
+from lazysnap.digest import Digest
 from lazysnap.errors import (
     AlreadyExists,
     ConfigError,
@@ -23,24 +25,33 @@ from lazysnap.errors import (
     Unavailable,
 )
 from lazysnap.labels import REASON, REMOTE, SNAPSHOT_REF
+from lazysnap.oci import chain_id
 from lazysnap.overlay import Kind
+from lazysnap.reference import Reference
 from lazysnap.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.remote import Attached, Lower, RemoteLayers
+from lazysnap.snapshotter.streams import Layer, Streams
 from lazysnap.store.records import Attachment, Usage
 from lazysnap.store.snapshots import SnapshotStore
+from lazysnap.unpack.process import Answer
 
 REF = {SNAPSHOT_REF: "sha256:ref", "containerd.io/snapshot/cri.layer-digest": "sha256:layer"}
 
 
 @asynccontextmanager
 async def running(
-    root: Path, remote: RemoteLayers | None = None, settings: Settings | None = None
+    root: Path,
+    remote: RemoteLayers | None = None,
+    settings: Settings | None = None,
+    streams: Streams | None = None,
 ) -> AsyncIterator[Snapshotter]:
     root.mkdir(exist_ok=True)
     store = SnapshotStore(str(root / "metadata.db"))
     try:
         async with trio.open_nursery() as nursery:
-            snapshotter = Snapshotter(str(root), store, remote=remote, settings=settings)
+            snapshotter = Snapshotter(
+                str(root), store, remote=remote, settings=settings, streams=streams
+            )
             await snapshotter.start(nursery)
             yield snapshotter
             await snapshotter.aclose()
@@ -308,6 +319,8 @@ class Directory:
         self.restored: list[Attached] = []
         self.checked: list[list[int]] = []
         self.prepared = 0
+        self.late = False  # visible only when it is checked
+        self.places: list[str] = []
 
     async def restore(self, attached: Sequence[Attached]) -> None:
         self.restored = list(attached)
@@ -323,8 +336,12 @@ class Directory:
         await trio.lowlevel.checkpoint()
         if self.fails is not None:
             raise self.fails
-        mounts.bind(str(self.source), mountpoint, read_only=True)
+        if not self.late:
+            mounts.bind(str(self.source), mountpoint, read_only=True)
         return Attachment(slot, 0, labels["containerd.io/snapshot/cri.layer-digest"], b"record")
+
+    def placed(self, attached: Attached) -> None:
+        self.places.append(attached.mountpoint)
 
     async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
         return [layer.directory for layer in layers]
@@ -335,6 +352,8 @@ class Directory:
     async def check(self, chain: Sequence[Attached]) -> None:
         self.checked.append([each.snapshot_id for each in chain])
         for each in chain:
+            if self.late and mounts.mounted_at(each.mountpoint) is None:
+                mounts.bind(str(self.source), each.mountpoint, read_only=True)
             assert mounts.mounted_at(each.mountpoint) is not None
             if each.attachment.slot in self.unhealthy:
                 raise Unavailable(f"slot {each.attachment.slot} cannot serve", reason="dead")
@@ -372,6 +391,52 @@ async def prepare_lazily(
         if each.labels.get(SNAPSHOT_REF) == "sha256:ref" and each.parent == parent
     ]
     return name
+
+
+class Unpacking:
+    """Streams of layers that are empty; notes what is visible of the layers below each."""
+
+    def __init__(self) -> None:
+        self.below: list[list[str]] = []
+
+    async def find(self, labels: Mapping[str, str]) -> Layer:
+        return Layer(Reference.parse("registry.test/image:1"), Digest.of(b"upper"), 1)
+
+    async def unpack(
+        self, layer: Layer, target: str, lowers: Sequence[str], *, alone: bool = False
+    ) -> Answer:
+        await trio.lowlevel.checkpoint()
+        self.below = [sorted(os.listdir(lower)) for lower in lowers]
+        return Answer(diff_id=_DIFF_ID)
+
+
+_DIFF_ID = str(Digest.of(b"diff"))
+
+
+@pytest.mark.root
+async def test_a_layer_is_unpacked_on_what_is_visible(root: Path, layer: Directory) -> None:
+    """It takes over from those below what it leaves out."""
+    layer.late = True
+    below = Digest.of(b"below")
+    streams = Unpacking()
+    async with running(root, layer, streams=cast(Streams, streams)) as snapshotter:
+        digest = "containerd.io/snapshot/cri.layer-digest"
+        with pytest.raises(AlreadyExists):
+            await snapshotter.prepare("one", "", {SNAPSHOT_REF: str(below), digest: "sha256:a"})
+        assert layer.checked == []
+        (name,) = await all_names(snapshotter)
+        layer.fails = NotLazy("plain", reason="no-toc-digest")
+        above = str(chain_id(below, Digest.parse(_DIFF_ID)))
+        with pytest.raises(AlreadyExists):
+            await snapshotter.prepare("two", name, {SNAPSHOT_REF: above, digest: "sha256:b"})
+        assert streams.below == [["file"]]
+        layer.unhealthy = {1}
+        streams.below = []
+        with pytest.raises(Unavailable):
+            await snapshotter.prepare(
+                "three", name, {SNAPSHOT_REF: above + "0", digest: "sha256:c"}
+            )
+        assert streams.below == []
 
 
 @pytest.mark.root

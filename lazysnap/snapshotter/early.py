@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has what a start needs of a layer fetched as soon as the layer's index is there.
+
+containerd mounts one layer after the other and does something between two of them, in which the network
+would be idle. Nothing depends on it: when the layer is mounted its shard is told the same once more, and
+begins with what it has not begun with.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import trio
+
+from lazysnap import log
+from lazysnap.errors import LazysnapError
+from lazysnap.layers.opener import LayerSource, OpenedLayer
+from lazysnap.shard.expecting import EXPECTED_SECONDS, Expected
+from lazysnap.snapshotter.finder import ProfileFinder
+from lazysnap.snapshotter.learner import Learner
+from lazysnap.supervisor import Supervisor
+
+_log = log.get(__name__)
+_CALL_SECONDS = 10.0
+PROFILE_SECONDS = 0.25
+"""How long a registry is waited for that may have a profile; the layer is being opened meanwhile."""
+
+
+class EarlyFetch:
+    """Tells shards of layers that will soon be mounted.
+
+    Args:
+        supervisor: of the shards.
+        finder: of profiles in the registry.
+        learner: has the profiles.
+        nursery: where shards are told.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        finder: ProfileFinder,
+        learner: Learner,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._supervisor = supervisor
+        self._finder = finder
+        self._learner = learner
+        self._nursery = nursery
+
+    def opened(self, source: LayerSource, opened: OpenedLayer) -> None:
+        """The index of a layer is there that will be mounted; returns at once."""
+        if source.manifest is not None:
+            self._nursery.start_soon(self._tell, source, opened)
+
+    async def _tell(self, source: LayerSource, opened: OpenedLayer) -> None:
+        assert source.manifest is not None
+        layer = Expected(
+            index=opened.index,
+            layer_digest=str(source.digest),
+            reference=source.reference.name,
+            blob_size=opened.blob_size,
+        )
+        try:
+            await self._finder.settled(source.manifest, PROFILE_SECONDS)
+            reads = await self._learner.early_reads(source.manifest, layer.layer_digest)
+            with self._supervisor.reserved(layer.layer_digest) as shard:
+                told = msgspec.to_builtins(layer)
+                await self._supervisor.call(
+                    shard, "expect", timeout=_CALL_SECONDS, layer=told, reads=reads
+                )
+                await trio.sleep(EXPECTED_SECONDS)  # the shard waits as long
+        except LazysnapError as error:
+            _log.debug("layer not fetched early", layer=layer.layer_digest, error=error)
+        except Exception:  # advice must not end the daemon
+            _log.exception("fetching a layer early failed")
