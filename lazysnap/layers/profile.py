@@ -25,10 +25,10 @@ from lazysnap.layers.members import filled, of_range
 VERSION = 1
 ARTIFACT_TYPE = "application/vnd.lazysnap.profile.v1+json"
 MAX_SIZE = 8 << 20
-# A gap in the blob that is smaller than this is fetched too: decoding it takes less of the CPU's time than
-# another request. Not a larger one: several requests are under way at once, so that another one costs no
-# round trip, and bytes are what the start waits for.
-_GAP = 64 << 10
+# A gap in the blob that is smaller than this is fetched too: what lies in it takes less of the CPU's time
+# to decode and to store than another request. Not a larger one: several requests are under way at once, so
+# that another one costs no round trip, and bytes are what the start waits for.
+_GAP = 24 << 10
 # Reads of one file that follow each other later than this are not joined: the end of a long file is
 # not needed when its beginning is.
 _TOGETHER_MS = 1000

@@ -27,11 +27,12 @@ _PAUSE = 0.1
 def _rest(scene: Scene, image: Built) -> Values:
     empty = scene.memory()
     scene.pull(image)
+    scene.settle()  # trees and indexes may still be made
     pulled = scene.memory()
     scene.start(image, PY, "ok")
     return {
         "no layers [MB]": empty,
-        "py pulled [MB]": pulled,
+        "py pulled, at rest [MB]": pulled,
         "py has started [MB]": scene.memory(),
     }
 
