@@ -114,7 +114,7 @@ class Supervisor:
             layer: its digest.
         """
         shard = self.choose(layer, xattrs=False)
-        self._shards.setdefault(shard, _Shard(shard)).reserved += 1
+        self._shards[shard].reserved += 1
         self._places.setdefault(layer, []).append(shard)
         try:
             yield shard

@@ -9,7 +9,6 @@ twice.
 from __future__ import annotations
 
 import os
-from typing import Protocol
 
 import msgspec
 
@@ -18,24 +17,20 @@ from lazysnap.layers import recordfiles
 _VERSION = 1
 
 
-class Origin(Protocol):
-    """Where the bytes of a layer are; the attributes are as those of `SlotRecord`."""
+class LayerOrigin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bytes of a layer are.
 
-    @property
-    def index(self) -> str:
-        """Name of the index file below `cache/index`."""
+    Attributes:
+        index: name of the index file below `cache/index`.
+        layer_digest: of the compressed blob.
+        reference: image reference that the blob is fetched by.
+        blob_size: of the compressed blob, in bytes.
+    """
 
-    @property
-    def layer_digest(self) -> str:
-        """Of the compressed blob."""
-
-    @property
-    def reference(self) -> str:
-        """Image reference that the blob is fetched by."""
-
-    @property
-    def blob_size(self) -> int:
-        """Of the compressed blob, in bytes."""
+    index: str
+    layer_digest: str
+    reference: str
+    blob_size: int
 
 
 class Inherited(msgspec.Struct, array_like=True, frozen=True):
@@ -49,17 +44,13 @@ class Inherited(msgspec.Struct, array_like=True, frozen=True):
     xattrs: list[tuple[bytes, bytes]]
 
 
-class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
+class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
     """What a slot serves.
 
-    Attributes:
+    Attributes, beside those of `LayerOrigin`:
         slot: its number, from 1.
         shard: the shard whose directory it is.
-        layer_digest: of the compressed blob.
-        index: name of the index file below `cache/index`.
         annotations: of the layer, as far as they are needed to make the index anew.
-        reference: image reference that the blob is fetched by.
-        blob_size: of the compressed blob, in bytes.
         manifest: digest of the manifest by which the image was pulled; empty if it is not known.
         opaque_xattr: name of the xattr that marks opaque directories for this node's overlay; empty
             if they hide nothing here.
@@ -70,10 +61,6 @@ class SlotRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: int = _VERSION
     slot: int
     shard: int
-    layer_digest: str
-    index: str
-    reference: str
-    blob_size: int
     manifest: str = ""
     opaque_xattr: bytes = b"trusted.overlay.opaque"
     inherited: list[Inherited] = []

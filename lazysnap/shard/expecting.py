@@ -7,27 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.reader import LayerReader
+from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.fetching import Fetching
 from lazysnap.shard.mounted import MountedLayers
 
 _log = log.get(__name__)
 EXPECTED_SECONDS = 60.0
 """How long the first slot of a layer is waited for that is expected."""
-
-
-class Expected(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer whose index is on disk; the attributes are as those of `SlotRecord`."""
-
-    index: str
-    layer_digest: str
-    reference: str
-    blob_size: int
 
 
 @dataclass(slots=True, eq=False)
@@ -62,16 +53,16 @@ class Expecting:
         # By the names of indexes.
         self._waiting: dict[str, list[_Waiting]] = {}
 
-    def expect(self, layer: Expected, reads: Sequence[Any]) -> None:
+    def expect(self, layer: LayerOrigin, reads: Sequence[Any]) -> None:
         """Begin to fetch ahead, and go on until a slot shows the layer, or none does in time.
 
         Args:
-            layer: what is expected.
+            layer: what is expected; its index is on disk.
             reads: as for `Fetching.prefetch`.
         """
         self._nursery.start_soon(self._expect, layer, _Waiting(list(reads)))
 
-    async def _expect(self, layer: Expected, it: _Waiting) -> None:
+    async def _expect(self, layer: LayerOrigin, it: _Waiting) -> None:
         self._waiting.setdefault(layer.index, []).append(it)
         try:
             async with self._layers.hold(layer) as reader:

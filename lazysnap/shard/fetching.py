@@ -27,7 +27,7 @@ from lazysnap.layers.profile import Read, landmark_plan, locate
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Priority, Scheduler
 from lazysnap.layers.seeded import SeededSource
-from lazysnap.layers.slots import Origin
+from lazysnap.layers.slots import LayerOrigin
 from lazysnap.layers.walk import Walks
 from lazysnap.layers.warming import prepare_start
 from lazysnap.reference import Reference
@@ -80,7 +80,7 @@ class Fetching:
         # By the names of indexes.
         self._sources: dict[str, _Source] = {}
 
-    def make_reader(self, origin: Origin, index: LayerIndex, begun: Begun) -> LayerReader:
+    def make_reader(self, origin: LayerOrigin, index: LayerIndex, begun: Begun) -> LayerReader:
         """The reader of a layer that is seen for the first time.
 
         Args:
@@ -127,7 +127,9 @@ class Fetching:
         self._ahead.drop(reader.fetcher)
         self._sources.pop(index, None)
 
-    async def prefetch(self, origin: Origin, reader: LayerReader, reads: Sequence[Any]) -> None:
+    async def prefetch(
+        self, origin: LayerOrigin, reader: LayerReader, reads: Sequence[Any]
+    ) -> None:
         """Fetch what is needed first; wrong advice changes nothing.
 
         Args:
@@ -153,7 +155,7 @@ class Fetching:
         if self._source(origin, reader) is not None:
             self._ahead.add(reader.fetcher, plan, Priority.PREFETCH)
 
-    def _source(self, origin: Origin, reader: LayerReader) -> _Source | None:
+    def _source(self, origin: LayerOrigin, reader: LayerReader) -> _Source | None:
         """What belongs to a reader, unless the layer was let go of, and perhaps loaded again."""
         source = self._sources.get(origin.index)
         return source if source is not None and source.fetcher is reader.fetcher else None

@@ -19,7 +19,7 @@ from lazysnap.index.model import Attributes
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.recorder import Recorder
-from lazysnap.layers.slots import Origin, SlotRecord, list_slots, read_slot
+from lazysnap.layers.slots import LayerOrigin, SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.owners import Owners, possible_owners
 
@@ -73,7 +73,7 @@ class MountedLayers:
     """
 
     def __init__(
-        self, root: str, shard: int, make_reader: Callable[[Origin, LayerIndex], LayerReader]
+        self, root: str, shard: int, make_reader: Callable[[LayerOrigin, LayerIndex], LayerReader]
     ) -> None:
         self.root = root
         self.shard = shard
@@ -125,7 +125,7 @@ class MountedLayers:
             return OwnedLayer(record, reader, self._owners)
         return MountedLayer(record, reader)
 
-    async def _reader(self, origin: Origin) -> LayerReader:
+    async def _reader(self, origin: LayerOrigin) -> LayerReader:
         """The one reader of a layer."""
         reader = self._readers.get(origin.index)
         if reader is None:
@@ -138,7 +138,7 @@ class MountedLayers:
         return reader
 
     @asynccontextmanager
-    async def hold(self, origin: Origin) -> AsyncIterator[LayerReader]:
+    async def hold(self, origin: LayerOrigin) -> AsyncIterator[LayerReader]:
         """Keep the reader of a layer, though no slot may show the layer yet.
 
         Args:

@@ -43,13 +43,14 @@ from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Plan
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Priority, Scheduler
+from lazysnap.layers.slots import LayerOrigin
 from lazysnap.layers.upkeep import keep_within_limits
 from lazysnap.layers.warming import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.draining import Draining
-from lazysnap.shard.expecting import Expected, Expecting
+from lazysnap.shard.expecting import Expecting
 from lazysnap.shard.fetching import Fetching
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.leisure import Leisure
@@ -178,10 +179,10 @@ class Worker:
         If none does so soon, its reader is given up again; what was fetched is in the cache.
 
         Args:
-            layer: its index, which is on disk, and where its bytes are: see `Expected`.
+            layer: its index, which is on disk, and where its bytes are: a `LayerOrigin`.
             reads: as for `attach`.
         """
-        self.expecting.expect(msgspec.convert(layer, Expected), reads)
+        self.expecting.expect(msgspec.convert(layer, LayerOrigin), reads)
 
     async def attach(
         self, slot: int, reads: Sequence[Any] = (), reachable: bool = False
@@ -280,7 +281,9 @@ class Worker:
         async def look(slot: int) -> None:
             try:
                 layer = await self.layers.load(slot)
-                state, detail = await self._health.look(layer, await self._blob(slot))
+                state, detail = await self._health.look(
+                    layer, self.fetching.blob(layer.record.index)
+                )
             except LazysnapError as error:
                 state, detail = "failed", str(error)
             except Exception as error:  # one bad layer must not hide the state of the others

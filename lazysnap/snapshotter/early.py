@@ -14,15 +14,14 @@ import trio
 from lazysnap import log
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.opener import LayerSource, OpenedLayer
-from lazysnap.shard.expecting import EXPECTED_SECONDS, Expected
+from lazysnap.layers.slots import LayerOrigin
+from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
 _CALL_SECONDS = 10.0
-PROFILE_SECONDS = 0.25
-"""How long a registry is waited for that may have a profile; the layer is being opened meanwhile."""
 
 
 class EarlyFetch:
@@ -54,14 +53,14 @@ class EarlyFetch:
 
     async def _tell(self, source: LayerSource, opened: OpenedLayer) -> None:
         assert source.manifest is not None
-        layer = Expected(
+        layer = LayerOrigin(
             index=opened.index,
             layer_digest=str(source.digest),
             reference=source.reference.name,
             blob_size=opened.blob_size,
         )
         try:
-            await self._finder.settled(source.manifest, PROFILE_SECONDS)
+            await self._finder.settled(source.manifest)
             reads = await self._learner.early_reads(source.manifest, layer.layer_digest)
             with self._supervisor.reserved(layer.layer_digest) as shard:
                 told = msgspec.to_builtins(layer)

@@ -22,6 +22,8 @@ from lazysnap.registry import Registry, fetch_artifact, find_referrers
 
 _log = log.get(__name__)
 _SECONDS = 10.0
+# Who waits has opened a layer meanwhile: only a registry that is slower to answer this is waited for.
+_SETTLED_SECONDS = 0.25
 # A hostile registry shall not have us parse many.
 _MOST_REFERRERS = 4
 _REMEMBERED = 1024
@@ -94,7 +96,7 @@ class ProfileFinder:
             await trio.to_thread.run_sync(self._store.add, profile)
             _log.info("profile found in the registry", manifest=manifest, bytes=profile.size())
 
-    async def settled(self, manifest: Digest, seconds: float) -> None:
+    async def settled(self, manifest: Digest, seconds: float = _SETTLED_SECONDS) -> None:
         """Wait until `look` has ended for a manifest, but not longer than `seconds`."""
         looking = self._looked.get(manifest)
         if looking is not None:

@@ -36,7 +36,6 @@ from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.early import PROFILE_SECONDS
 from lazysnap.snapshotter.finder import ProfileFinder
 from lazysnap.snapshotter.learner import Learner
 from lazysnap.snapshotter.remote import Attached, Lower
@@ -121,7 +120,7 @@ class ShardLayers:
         )
         opened = await self._opener.open(source)
         if request.manifest_digest is not None:
-            await self._finder.settled(request.manifest_digest, PROFILE_SECONDS)
+            await self._finder.settled(request.manifest_digest)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
         special = merged.xattrs and not self._showing.any_shard
         shard = self._supervisor.choose(request.layer_digest, xattrs=special)

@@ -82,19 +82,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
     return patient_clock(monkeypatch)
 
 
+@asynccontextmanager
+async def _worker(root: Path) -> AsyncIterator[Worker]:
+    """One that may serve a layer as slot 1, which is not attached."""
+    async with Registry() as registry, trio.open_nursery() as nursery:
+        worker = Worker(str(root), 0, ShardSettings(background=False), registry, nursery)
+        Path(worker.cache.index, "i").write_bytes(encode(build(toc_of(_LAYER))))
+        write_slot(str(root), SlotRecord(slot=1, shard=0, **_origin("i")))
+        yield worker
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("shown", [False, True])
 async def test_a_layer_is_expected_until_a_slot_shows_it_and_not_for_ever(
     tmp_path: Path, clock: trio.testing.MockClock, shown: bool
 ) -> None:
-    async with Registry() as registry, trio.open_nursery() as nursery:
-        worker = Worker(str(tmp_path), 0, ShardSettings(background=False), registry, nursery)
-        Path(worker.cache.index, "i").write_bytes(encode(build(toc_of(_LAYER))))
+    async with _worker(tmp_path) as worker:
         await worker.expect(_origin("i"))
         await trio.sleep(EXPECTED_SECONDS / 2)
         assert worker.layers.uses("i")
         reader = worker.layers._readers["i"]
         if shown:
-            write_slot(str(tmp_path), SlotRecord(slot=1, shard=0, **_origin("i")))
             await worker.attach(1)
             await trio.sleep(1)
             assert not worker.layers._held
@@ -105,7 +113,6 @@ async def test_a_layer_is_expected_until_a_slot_shows_it_and_not_for_ever(
         assert not worker.layers.uses("i")
         assert worker.layers._readers == {}
         assert worker.expecting._waiting == {}
-        nursery.cancel_scope.cancel()
 
 
 class Plans:
@@ -117,17 +124,6 @@ class Plans:
 
     def _add(self, fetcher: Fetcher, plan: Plan, priority: Priority) -> None:
         self.made.append(plan)
-
-
-@asynccontextmanager
-async def _worker(root: Path) -> AsyncIterator[Worker]:
-    """One that may serve a layer as slot 1, which is not attached."""
-    async with Registry() as registry, trio.open_nursery() as nursery:
-        worker = Worker(str(root), 0, ShardSettings(background=False), registry, nursery)
-        Path(worker.cache.index, "i").write_bytes(encode(build(toc_of(_LAYER))))
-        write_slot(str(root), SlotRecord(slot=1, shard=0, **_origin("i")))
-        yield worker
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

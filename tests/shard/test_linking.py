@@ -19,7 +19,7 @@ from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Scheduler
-from lazysnap.layers.slots import Origin, SlotRecord, write_slot
+from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.shard.linking import Linking
 from lazysnap.shard.mounted import MountedLayers
 from tests.layers.engine import MemorySource
@@ -45,7 +45,7 @@ class Shards:
         scheduler = Scheduler()
         decoders = trio.CapacityLimiter(1)
 
-        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
+        def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
             source = MemorySource(self.blobs[origin.index].blob)
             fetcher = Fetcher(
                 index, source, self.contents, self.nursery, decoders, scheduler, "h", origin.index

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from lazysnap.layers.contents import Contents
 from lazysnap.layers.fetch import Fetcher
 from lazysnap.layers.reader import LayerReader
 from lazysnap.layers.schedule import Scheduler
-from lazysnap.layers.slots import Origin, SlotRecord, write_slot
+from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.shard.mounted import MountedLayers
 from tests.layers.engine import MemorySource
 from tests.support import layers
@@ -40,6 +41,19 @@ def _resident(path: str) -> int:
     return size
 
 
+def _readers(
+    layer: layers.Layer, contents: Contents, nursery: trio.Nursery
+) -> Callable[[LayerOrigin, LayerIndex], LayerReader]:
+    """Makes readers of a layer that is in memory."""
+
+    def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
+        source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
+        fetcher = Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer")
+        return LayerReader(index, contents, fetcher)
+
+    return make_reader
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
     return patient_clock(monkeypatch)
@@ -52,13 +66,10 @@ async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_p
     contents = Contents(cache)
     made = []
     async with trio.open_nursery() as nursery:
+        reader_of = _readers(layer, contents, nursery)
 
-        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
-            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
-            fetcher = Fetcher(
-                index, source, contents, nursery, decoders, Scheduler(), "host", "layer"
-            )
-            made.append(LayerReader(index, contents, fetcher))
+        def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
+            made.append(reader_of(origin, index))
             return made[-1]
 
         for slot in range(1, 5):
@@ -85,14 +96,7 @@ async def test_a_reader_is_held_without_a_slot(tmp_path: Path) -> None:
     )
     write_slot(str(tmp_path), record)
     async with trio.open_nursery() as nursery:
-
-        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
-            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
-            fetcher = Fetcher(
-                index, source, contents, nursery, decoders, Scheduler(), "host", "layer"
-            )
-            return LayerReader(index, contents, fetcher)
-
+        make_reader = _readers(layer, contents, nursery)
         mounted = MountedLayers(str(tmp_path), 0, make_reader)
         async with mounted.hold(record) as reader:
             async with mounted.hold(record) as again:
@@ -125,15 +129,7 @@ async def test_an_index_takes_memory_only_while_it_is_read(
     path.write_bytes(encode(build(toc_of(layer))))
     contents = Contents(cache)
     async with trio.open_nursery() as nursery:
-
-        def make_reader(origin: Origin, index: LayerIndex) -> LayerReader:
-            source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
-            return LayerReader(
-                index,
-                contents,
-                Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer"),
-            )
-
+        make_reader = _readers(layer, contents, nursery)
         record = SlotRecord(
             slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
         )

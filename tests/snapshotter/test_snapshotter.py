@@ -424,6 +424,7 @@ async def test_a_layer_is_unpacked_on_what_is_visible(root: Path, layer: Directo
         with pytest.raises(AlreadyExists):
             await snapshotter.prepare("one", "", {SNAPSHOT_REF: str(below), digest: "sha256:a"})
         assert layer.checked == []
+        assert layer.places == [str(root / "snapshots/1/fs")]
         (name,) = await all_names(snapshotter)
         layer.fails = NotLazy("plain", reason="no-toc-digest")
         above = str(chain_id(below, Digest.parse(_DIFF_ID)))
