@@ -15,6 +15,12 @@ from lazysnap import channel, log, monitor, mounts, service, tracing, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError
+from lazysnap.filesystem.fetch_ahead import EarlyFetch
+from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.open_ahead import OpenAhead
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.shard_filesystem import ShardLayers
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.pull.delegated import Delegated
@@ -23,14 +29,8 @@ from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.early import EarlyFetch
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
-from lazysnap.snapshotter.shard_layers import ShardLayers
-from lazysnap.snapshotter.showing import Showing
+from lazysnap.snapshotter.layer_unpacker import Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.streams import Streams
 from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor

@@ -19,7 +19,7 @@ from lazysnap.containerd._pb import snapshots_pb2_grpc as pb_grpc
 from lazysnap.errors import ConfigError
 from lazysnap.service import serve
 from lazysnap.snapshotter import Snapshotter
-from lazysnap.snapshotter.remote import Attached, RemoteLayers
+from lazysnap.snapshotter.interfaces import Attached, RemoteLayers
 from lazysnap.store.records import Attachment
 from lazysnap.store.snapshots import SnapshotStore
 

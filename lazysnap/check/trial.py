@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from lazysnap import mounts
 from lazysnap.errors import LazysnapError
-from lazysnap.snapshotter.composing import why_not
+from lazysnap.filesystem.kernel_trees import why_not
 
 # An EROFS image of one file, `file`, with the text "lazysnap":
 # mkfs.erofs -T0 -U 00000000-0000-0000-0000-000000000001 --all-root -x-1 IMAGE DIRECTORY (1.5)

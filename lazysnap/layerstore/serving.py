@@ -16,6 +16,11 @@ from lazysnap import channel, log, monitor, mounts, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import Internal, LazysnapError
+from lazysnap.filesystem.layer_mounts import Unshown
+from lazysnap.filesystem.open_ahead import OpenAhead
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.shard_filesystem import ShardLayers
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
@@ -29,12 +34,7 @@ from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard import names
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
-from lazysnap.snapshotter.shard_layers import ShardLayers
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.unshown import Unshown
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 

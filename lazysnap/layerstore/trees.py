@@ -2,7 +2,7 @@
 """Has the kernel serve the trees of layers, where it can, in front of what the shard shows.
 
 On a layer's `diff` an overlay is mounted of the EROFS image of its tree and of where the bytes are (see
-`lazysnap.snapshotter.composing`). The client's overlay above has to see what the layer hides. Marks of
+`lazysnap.filesystem.kernel_trees`). The client's overlay above has to see what the layer hides. Marks of
 opaque directories can be handed on, but whiteouts only in a form that clients do not understand when they
 compare layers; so a layer with whiteouts is left to the shard. Who does not see
 the mount, in another mount namespace, sees what the shard shows, which is the same. So nothing here has
@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from lazysnap import log, mounts
 from lazysnap.cache import Cache
 from lazysnap.errors import FormatError, Internal, LazysnapError
+from lazysnap.filesystem.kernel_trees import clean, merge_trees, mount_tree, why_not
 from lazysnap.index.model import OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.names import NamedLayer
@@ -28,7 +29,6 @@ from lazysnap.layers.slots import read_slot
 from lazysnap.layers.trees import ensure_nested_tree, ensure_tree
 from lazysnap.layers.view import open_index
 from lazysnap.shard import contents, names
-from lazysnap.snapshotter.composing import clean, merge_trees, mount_tree, why_not
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)

@@ -16,6 +16,7 @@ from lazysnap.channel import Tell
 from lazysnap.containerd.client import Containerd
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError, NotFound, NotLazy
+from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.oci import Descriptor
 from lazysnap.platforms import Platform
 from lazysnap.pull.delegation import pack_result
@@ -25,7 +26,6 @@ from lazysnap.pull.unpack import can_be_lazy
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.registry.image import Image, assemble
-from lazysnap.snapshotter.announced import OpenAhead
 
 _log = log.get(__name__)
 

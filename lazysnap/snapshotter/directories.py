@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from lazysnap import mounts
 from lazysnap.errors import ConfigError, Internal
 from lazysnap.overlay import fs_path
-from lazysnap.snapshotter import trees
+from lazysnap.snapshotter import directory_tree
 
 _NEW = "new-"
 _DISCARDED = "rm-"
@@ -169,7 +169,7 @@ class Directories:
         """
         path = os.path.join(self.snapshots, name)
         mounts.unmount_below(path)
-        trees.remove(path, check)
+        directory_tree.remove(path, check)
 
 
 def garbage(names: Collection[str], ids: Collection[int]) -> list[str]:

@@ -14,7 +14,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
-from lazysnap.snapshotter import trees
+from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.directories import Directories, garbage
 from lazysnap.snapshotter.locks import Turn
 from lazysnap.store.records import Usage
@@ -177,7 +177,7 @@ class Housekeeping:
         """What a snapshot takes, or None if it cannot be counted."""
         try:
             return await trio.to_thread.run_sync(
-                trees.measure, self._dirs.fs(snapshot_id), trio.from_thread.check_cancelled
+                directory_tree.measure, self._dirs.fs(snapshot_id), trio.from_thread.check_cancelled
             )
         except LazysnapError as error:
             _log.warning("cannot count what a snapshot takes", snapshot=snapshot_id, error=error)

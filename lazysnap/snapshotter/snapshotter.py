@@ -23,14 +23,14 @@ from lazysnap.labels import EAGER, REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
-from lazysnap.snapshotter import trees
-from lazysnap.snapshotter.direct import DirectLayers
+from lazysnap.snapshotter import directory_tree
+from lazysnap.snapshotter.direct_snapshots import DirectLayers
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.lazy import LazySnapshots
+from lazysnap.snapshotter.interfaces import RemoteLayers
+from lazysnap.snapshotter.layer_unpacker import Streams
 from lazysnap.snapshotter.locks import KeyLocks, Turn
-from lazysnap.snapshotter.remote import RemoteLayers
-from lazysnap.snapshotter.streams import Streams
+from lazysnap.snapshotter.remote_snapshots import LazySnapshots
 from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -284,7 +284,7 @@ class Snapshotter:
             return found.usage
         try:
             return await trio.to_thread.run_sync(
-                trees.measure, self._dirs.fs(found.id), trio.from_thread.check_cancelled
+                directory_tree.measure, self._dirs.fs(found.id), trio.from_thread.check_cancelled
             )
         except Internal:
             await self.stat(key)  # it may have been removed meanwhile, which is not our failure

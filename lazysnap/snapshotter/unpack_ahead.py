@@ -24,7 +24,7 @@ from lazysnap.errors import Internal, LazysnapError
 from lazysnap.labels import CRI_MANIFEST_DIGEST
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.streams import Layer, Streams
+from lazysnap.snapshotter.layer_unpacker import Layer, Streams
 from lazysnap.unpack.aside import bring
 from lazysnap.unpack.process import Answer
 from lazysnap.unpack.tree import NEEDS_LOWER

@@ -16,19 +16,19 @@ import trio
 
 from lazysnap import mounts
 from lazysnap.cache import Cache
+from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.layer_mounts import Unbound
+from lazysnap.filesystem.open_ahead import OpenAhead
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.shard_filesystem import ShardLayers
 from lazysnap.layers.builders import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
-from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
-from lazysnap.snapshotter.shard_layers import ShardLayers
-from lazysnap.snapshotter.showing import Showing
+from lazysnap.snapshotter.layer_unpacker import Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.streams import Streams
-from lazysnap.snapshotter.unshown import Unbound
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.processes import Appliers

@@ -13,8 +13,8 @@ from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, FormatError, Internal
 from lazysnap.overlay import Kind, Mount
 from lazysnap.registry.image import Image
+from lazysnap.snapshotter.layer_unpacker import Layer
 from lazysnap.snapshotter.snapshotter import Snapshotter
-from lazysnap.snapshotter.streams import Layer
 from lazysnap.standalone.engine import Engine
 
 _UNPACKED = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)

@@ -17,7 +17,7 @@ import trio
 
 from lazysnap import log, mounts
 from lazysnap.errors import Internal, LazysnapError
-from lazysnap.snapshotter import trees
+from lazysnap.snapshotter import directory_tree
 from lazysnap.standalone.processes import serving_processes
 from lazysnap.supervisor import Supervisor
 
@@ -81,7 +81,7 @@ def _remove(root: str) -> None:
         for name in os.listdir(snapshots):
             path = os.path.join(snapshots, name)
             mounts.unmount_below(path)
-            trees.remove(path)
+            directory_tree.remove(path)
     for name in _DIRECTORIES:
         try:
             shutil.rmtree(os.path.join(root, name))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.processes import alive
-from lazysnap.snapshotter.composing import why_not
+from lazysnap.filesystem.kernel_trees import why_not
 from tests.layerstore.scene import Scene
 from tests.standalone.scene import mounts_below
 from tests.support import images, layers

@@ -26,7 +26,7 @@ import trio
 from lazysnap import mounts
 from lazysnap.errors import AlreadyExists
 from lazysnap.snapshotter import Snapshotter
-from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.store.snapshots import SnapshotStore
 

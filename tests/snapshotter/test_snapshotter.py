@@ -29,8 +29,8 @@ from lazysnap.oci import chain_id
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.remote import Attached, Lower, RemoteLayers
-from lazysnap.snapshotter.streams import Layer, Streams
+from lazysnap.snapshotter.interfaces import Attached, Lower, RemoteLayers
+from lazysnap.snapshotter.layer_unpacker import Layer, Streams
 from lazysnap.store.records import Attachment, Usage
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.process import Answer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazysnap import mounts
-from lazysnap.snapshotter.composing import clean, why_not
+from lazysnap.filesystem.kernel_trees import clean, why_not
 from tests.support import layers
 from tests.support.stack import SNAPSHOTTER, Stack, stack, wait_until
 

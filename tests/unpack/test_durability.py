@@ -24,8 +24,8 @@ from lazysnap.errors import AlreadyExists, Internal
 from lazysnap.labels import SNAPSHOT_REF
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
+from lazysnap.snapshotter.layer_unpacker import Layer, Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.streams import Layer, Streams
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
 from lazysnap.unpack.process import Answer, Job

@@ -20,8 +20,8 @@ from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
+from lazysnap.snapshotter.interfaces import Attached, Lower, RemoteLayers
 from lazysnap.snapshotter.locks import KeyLocks, Turn
-from lazysnap.snapshotter.remote import Attached, Lower, RemoteLayers
 from lazysnap.store.records import Attachment, Lineage
 from lazysnap.store.snapshots import SnapshotStore
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lazysnap.digest import Digest
+from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.snapshotter.finder import ProfileFinder
 
 
 async def test_a_defect_is_logged_and_ends_nothing(

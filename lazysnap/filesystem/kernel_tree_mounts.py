@@ -23,12 +23,12 @@ import msgspec
 from lazysnap import log, mounts
 from lazysnap.cache import Cache
 from lazysnap.errors import Internal, LazysnapError
+from lazysnap.filesystem.kernel_trees import clean, merge_trees, mount_tree, why_not
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.trees import ensure_tree
 from lazysnap.mounts import MountPoint
 from lazysnap.shard.settings import serve_xattrs_everywhere
-from lazysnap.snapshotter.composing import clean, merge_trees, mount_tree, why_not
-from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
 

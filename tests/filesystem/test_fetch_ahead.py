@@ -12,15 +12,15 @@ import trio.testing
 
 from lazysnap.digest import Digest
 from lazysnap.errors import Unavailable
+from lazysnap.filesystem.fetch_ahead import EarlyFetch
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
 from lazysnap.layers.profile import Read, from_reads
 from lazysnap.layers.profiles import ProfileStore
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS
-from lazysnap.snapshotter.early import EarlyFetch
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
 from lazysnap.supervisor import Supervisor
 from tests.support.clocks import patient_clock
 

@@ -12,10 +12,10 @@ import trio
 import trio.testing
 
 from lazysnap.errors import FailedPrecondition, Unavailable
+from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.layers.profile import Profile, Read
 from lazysnap.layers.profiles import ProfileStore
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.snapshotter.learner import Learner
 from lazysnap.supervisor import Supervisor
 from tests.support.clocks import patient_clock
 

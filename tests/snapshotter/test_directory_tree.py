@@ -11,7 +11,7 @@ import pytest
 
 from lazysnap import mounts
 from lazysnap.errors import Internal
-from lazysnap.snapshotter import trees
+from lazysnap.snapshotter import directory_tree
 from lazysnap.store.records import Usage
 
 
@@ -54,7 +54,7 @@ def open_files() -> int:
 
 def test_measure_agrees_with_du(tmp_path: Path) -> None:
     make_tree(tmp_path / "top")
-    assert trees.measure(str(tmp_path / "top")) == du(tmp_path / "top")
+    assert directory_tree.measure(str(tmp_path / "top")) == du(tmp_path / "top")
 
 
 def test_remove(tmp_path: Path) -> None:
@@ -63,19 +63,19 @@ def test_remove(tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "kept").touch()
     (tmp_path / "top" / "escape").symlink_to(outside)
-    trees.remove(str(tmp_path / "top"))
+    directory_tree.remove(str(tmp_path / "top"))
     assert os.listdir(tmp_path) == ["outside"]
     assert (outside / "kept").exists()
-    trees.remove(str(tmp_path / "top"))
+    directory_tree.remove(str(tmp_path / "top"))
 
 
 def test_a_link_is_no_tree(tmp_path: Path) -> None:
     make_tree(tmp_path / "top")
     (tmp_path / "link").symlink_to("top")
     with pytest.raises(Internal):
-        trees.remove(str(tmp_path / "link"))
+        directory_tree.remove(str(tmp_path / "link"))
     with pytest.raises(Internal):
-        trees.measure(str(tmp_path / "link"))
+        directory_tree.measure(str(tmp_path / "link"))
     assert (tmp_path / "top" / "sparse").exists()
 
 
@@ -83,9 +83,9 @@ def test_a_link_is_no_tree(tmp_path: Path) -> None:
 def test_trees_deeper_than_any_path(tmp_path: Path, depth: int, name: str) -> None:
     make_deep(tmp_path / "top", depth, name)
     before = open_files()
-    expected = Usage(trees.measure(str(tmp_path / "top")).size, 2 * depth + 1)
-    assert trees.measure(str(tmp_path / "top")) == expected
-    trees.remove(str(tmp_path / "top"))
+    expected = Usage(directory_tree.measure(str(tmp_path / "top")).size, 2 * depth + 1)
+    assert directory_tree.measure(str(tmp_path / "top")) == expected
+    directory_tree.remove(str(tmp_path / "top"))
     assert not (tmp_path / "top").exists()
     assert open_files() == before
 
@@ -94,7 +94,7 @@ def test_many_entries(tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
     for i in range(3000):
         (tmp_path / "top" / f"{i}").touch()
-    trees.remove(str(tmp_path / "top"))
+    directory_tree.remove(str(tmp_path / "top"))
     assert not (tmp_path / "top").exists()
 
 
@@ -105,7 +105,7 @@ def test_check_can_stop_it(tmp_path: Path) -> None:
     class StoppedError(Exception):
         pass
 
-    for operation in (trees.measure, trees.remove):
+    for operation in (directory_tree.measure, directory_tree.remove):
         count = iter(range(300))
 
         def check(count: object = count) -> None:
@@ -115,7 +115,7 @@ def test_check_can_stop_it(tmp_path: Path) -> None:
         with pytest.raises(StoppedError):
             operation(str(tmp_path / "top"), check)
         assert open_files() == before
-    trees.remove(str(tmp_path / "top"))
+    directory_tree.remove(str(tmp_path / "top"))
 
 
 @pytest.mark.root
@@ -125,7 +125,7 @@ def test_nothing_below_a_mount_is_deleted(tmp_path: Path) -> None:
     try:
         (tmp_path / "top" / "inner" / "kept").touch()
         with pytest.raises(Internal, match="mounted below"):
-            trees.remove(str(tmp_path / "top"))
+            directory_tree.remove(str(tmp_path / "top"))
         assert (tmp_path / "top" / "inner" / "kept").exists()
     finally:
         mounts.unmount_below(str(tmp_path))
@@ -144,15 +144,15 @@ def test_running_out_of_files_is_an_error(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 3, limits[1]))
     try:
         with pytest.raises(Internal, match="Too many open files"):
-            trees.measure(str(tmp_path / "top"))
+            directory_tree.measure(str(tmp_path / "top"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for fd in taken:
             os.close(fd)
     assert open_files() == before
-    trees.remove(str(tmp_path / "top"))
+    directory_tree.remove(str(tmp_path / "top"))
 
 
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(Internal, match="No such file"):
-        trees.measure(str(tmp_path / "missing"))
+        directory_tree.measure(str(tmp_path / "missing"))

@@ -20,11 +20,11 @@ from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, LazysnapError, NotFound
 from lazysnap.labels import REASON, SNAPSHOT_REF
 from lazysnap.overlay import Kind
-from lazysnap.snapshotter import trees
+from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
+from lazysnap.snapshotter.layer_unpacker import Layer, Streams
 from lazysnap.snapshotter.locks import KeyLocks, Turn
-from lazysnap.snapshotter.streams import Layer, Streams
 from lazysnap.snapshotter.unpack_ahead import Image, UnpackAhead
 from lazysnap.store.records import Lineage
 from lazysnap.store.snapshots import SnapshotStore
@@ -154,7 +154,7 @@ class DirectLayers:
                 _check_chain(layer, chain, answer.diff_id, labels[SNAPSHOT_REF])
                 if self._sync:
                     await trio.to_thread.run_sync(mounts.sync_filesystem, target)
-                usage = await trio.to_thread.run_sync(trees.measure, target)
+                usage = await trio.to_thread.run_sync(directory_tree.measure, target)
             except LazysnapError as error:
                 self._house.expect_garbage()
                 _log.warning("a layer is left to containerd", name=name, error=error)

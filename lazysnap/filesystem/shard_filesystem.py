@@ -20,6 +20,12 @@ import trio
 from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, LazysnapError, NotLazy, Unavailable
+from lazysnap.filesystem.deferred_mounts import Revealing
+from lazysnap.filesystem.kernel_tree_mounts import Showing, record_of
+from lazysnap.filesystem.layer_mounts import Unshown
+from lazysnap.filesystem.open_ahead import OpenAhead
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.labels import parse_remote_request
 from lazysnap.layers.inherit import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
 from lazysnap.layers.opener import LayerSource, Opener
@@ -35,13 +41,7 @@ from lazysnap.layers.view import LayerView, open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
-from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
-from lazysnap.snapshotter.remote import Attached, Lower
-from lazysnap.snapshotter.revealing import Revealing
-from lazysnap.snapshotter.showing import Showing, record_of
-from lazysnap.snapshotter.unshown import Unshown
+from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
 

@@ -13,11 +13,11 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
+from lazysnap.filesystem.profile_finder import ProfileFinder
+from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.expecting import EXPECTED_SECONDS
-from lazysnap.snapshotter.finder import ProfileFinder
-from lazysnap.snapshotter.learner import Learner
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)

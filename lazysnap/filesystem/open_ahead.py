@@ -17,13 +17,13 @@ import trio
 from lazysnap import log, oci
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
+from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.registry.image import Image
-from lazysnap.snapshotter.finder import ProfileFinder
 
 _log = log.get(__name__)
 # The layers of one pull ask once; an image that is pulled again may have been removed in between.

@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.shard.settings import serve_xattrs_everywhere
-from lazysnap.snapshotter.remote import Attached, Lower
+from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.supervisor import Supervisor
 
 

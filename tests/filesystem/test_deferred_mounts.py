@@ -11,11 +11,11 @@ import pytest
 import trio
 import trio.testing
 
+from lazysnap.filesystem.deferred_mounts import Revealing
+from lazysnap.filesystem.kernel_tree_mounts import Showing
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.snapshotter.remote import Attached
-from lazysnap.snapshotter.revealing import Revealing
-from lazysnap.snapshotter.showing import Showing
+from lazysnap.snapshotter.interfaces import Attached
 from lazysnap.store.records import Attachment
 
 _OPENED = OpenedLayer("index", 100)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import trio
 
 from lazysnap import log
+from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.layer_mounts import Unshown
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.snapshotter.remote import Attached
-from lazysnap.snapshotter.showing import Showing
-from lazysnap.snapshotter.unshown import Unshown
+from lazysnap.snapshotter.interfaces import Attached
 
 _log = log.get(__name__)
 

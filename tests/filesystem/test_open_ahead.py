@@ -13,12 +13,12 @@ import trio.testing
 
 from lazysnap.digest import Digest
 from lazysnap.errors import NotLazy
+from lazysnap.filesystem.open_ahead import OpenAhead
+from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.snapshotter.announced import OpenAhead
-from lazysnap.snapshotter.finder import ProfileFinder
 from tests.support.clocks import patient_clock
 
 _LAYERS = [Digest.of(b"%d" % n) for n in range(4)]
