@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.config import Config
-from lazysnap.layers.schedule import Limits
+from lazysnap.fetch.scheduler import Limits
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings
 

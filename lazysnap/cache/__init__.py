@@ -11,7 +11,7 @@ from lazysnap.cache.partial import PartialFile
 __all__ = ["INDEX_TAIL", "Cache", "ObjectStore", "PartialFile"]
 
 INDEX_TAIL = ".tail"
-"""Suffix of files beside an index, see `lazysnap.layers.seed`; of no use without it."""
+"""Suffix of files beside an index, see `lazysnap.layers.blob_tail`; of no use without it."""
 
 
 class Cache:

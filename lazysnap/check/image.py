@@ -12,7 +12,7 @@ from lazysnap import oci
 from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
 from lazysnap.check.state import environment
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
-from lazysnap.layers.builders import Builders
+from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference

@@ -22,7 +22,7 @@ from lazysnap.check.finding import Context
 from lazysnap.check.state import running_daemon
 from lazysnap.cli.images import Image, Layer, images
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.local import local_share
+from lazysnap.fetch.coverage import local_share
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import open_index
 from lazysnap.metrics import families

@@ -15,9 +15,9 @@ from lazysnap.cli.options import config_option, root_option
 from lazysnap.containerd.client import Containerd
 from lazysnap.errors import InvalidArgument, NotFound
 from lazysnap.filesystem.profile_finder import fetch_profiles
-from lazysnap.layers.profile import ARTIFACT_TYPE, Profile, parse, serialize
-from lazysnap.layers.profiles import ProfileStore
 from lazysnap.platforms import Platform
+from lazysnap.prefetch.profile import ARTIFACT_TYPE, Profile, parse, serialize
+from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.pull import recording
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, push_referrer

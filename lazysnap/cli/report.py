@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lazysnap report`: what happened while an image started, and what held it up, as a page.
 
-Needs neither the daemon nor containerd. Tells what the workers remember, see `lazysnap.layers.trace`.
+Needs neither the daemon nor containerd. Tells what the workers remember, see `lazysnap.fetch.trace`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from lazysnap.cache import Cache
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.filesystem.kernel_trees import clean, merge_trees, mount_tree, why_not
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.layers.trees import ensure_tree
+from lazysnap.layers.tree_images import ensure_tree
 from lazysnap.mounts import MountPoint
 from lazysnap.shard.settings import serve_xattrs_everywhere
 from lazysnap.snapshotter.interfaces import Attached, Lower

@@ -15,8 +15,8 @@ import trio
 from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, LazysnapError
-from lazysnap.layers.profile import ARTIFACT_TYPE, MAX_SIZE, Profile, parse
-from lazysnap.layers.profiles import ProfileStore
+from lazysnap.prefetch.profile import ARTIFACT_TYPE, MAX_SIZE, Profile, parse
+from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, fetch_artifact, find_referrers
 

@@ -16,9 +16,9 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.profile import Profile, Read, from_reads
-from lazysnap.layers.profiles import ProfileStore
 from lazysnap.layers.slots import SlotRecord
+from lazysnap.prefetch.profile import Profile, Read, from_reads
+from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)

@@ -27,7 +27,7 @@ from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.labels import parse_remote_request
-from lazysnap.layers.inherit import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
+from lazysnap.layers.inherited import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.layers.slots import (
     Inherited,

@@ -31,8 +31,8 @@ from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_to
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.seed import write_seed
-from lazysnap.layers.treefile import write_tree
+from lazysnap.layers.blob_tail import write_seed
+from lazysnap.layers.tree_image_file import write_tree
 
 LENGTH = struct.Struct(">I")
 # Enough for the largest table of contents that is accepted, with its tree.
@@ -44,8 +44,8 @@ class Job(msgspec.Struct, kw_only=True):
 
     Attributes:
         path: where the index goes.
-        tree: where the image of the tree goes, see `lazysnap.layers.trees`; empty for nowhere.
-        seed: where the members go that come with the table of contents, see `lazysnap.layers.seed`;
+        tree: where the image of the tree goes, see `lazysnap.layers.tree_images`; empty for nowhere.
+        seed: where the members go that come with the table of contents, see `lazysnap.layers.blob_tail`;
             empty for nowhere.
         blob_size: of the blob, in bytes.
         annotations: of the layer's descriptor.

@@ -24,8 +24,8 @@ from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
 from lazysnap.layers.builder import Job
-from lazysnap.layers.builders import Builders
-from lazysnap.layers.trees import tree_name
+from lazysnap.layers.builder_pool import Builders
+from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry

@@ -12,7 +12,7 @@ import os
 
 import msgspec
 
-from lazysnap.layers import recordfiles
+from lazysnap.layers import record_files
 
 _VERSION = 1
 
@@ -82,7 +82,7 @@ def write_slot(root: str, record: SlotRecord) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    recordfiles.write(_directory(root), record)
+    record_files.write(_directory(root), record)
 
 
 def read_slot(root: str, slot: int) -> SlotRecord:
@@ -92,7 +92,7 @@ def read_slot(root: str, slot: int) -> SlotRecord:
         NotFound: there is no such slot.
         Internal: the file cannot be read, or is not a record.
     """
-    return recordfiles.read(_directory(root), slot, SlotRecord, _VERSION)
+    return record_files.read(_directory(root), slot, SlotRecord, _VERSION)
 
 
 def remove_slot(root: str, slot: int) -> None:
@@ -101,12 +101,12 @@ def remove_slot(root: str, slot: int) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    recordfiles.remove(_directory(root), slot)
+    record_files.remove(_directory(root), slot)
 
 
 def list_slots(root: str) -> list[int]:
     """The slots that have a record."""
-    return recordfiles.numbers(_directory(root))
+    return record_files.numbers(_directory(root))
 
 
 def slots_changed(root: str) -> int:

@@ -18,7 +18,7 @@ from lazysnap import labels as label_names
 from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, NotLazy
-from lazysnap.layers.names import NamedLayer, list_names, read_name, remove_name, write_name
+from lazysnap.layers.store_names import NamedLayer, list_names, read_name, remove_name, write_name
 from lazysnap.layerstore.images import Images
 from lazysnap.layerstore.information import information
 from lazysnap.layerstore.references import References, is_stored

@@ -18,7 +18,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.names import NamedLayer
+from lazysnap.layers.store_names import NamedLayer
 from lazysnap.layerstore.storages import Storages, Using
 
 _log = log.get(__name__)

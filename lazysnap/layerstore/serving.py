@@ -21,7 +21,7 @@ from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.filesystem.shard_filesystem import ShardLayers
-from lazysnap.layers.builders import Builders
+from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
 from lazysnap.layerstore.layers import LayerStore

@@ -24,9 +24,9 @@ from lazysnap.errors import FormatError, Internal, LazysnapError
 from lazysnap.filesystem.kernel_trees import clean, merge_trees, mount_tree, why_not
 from lazysnap.index.model import OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.names import NamedLayer
 from lazysnap.layers.slots import read_slot
-from lazysnap.layers.trees import ensure_nested_tree, ensure_tree
+from lazysnap.layers.store_names import NamedLayer
+from lazysnap.layers.tree_images import ensure_nested_tree, ensure_tree
 from lazysnap.layers.view import open_index
 from lazysnap.shard import contents, names
 from lazysnap.supervisor import Supervisor

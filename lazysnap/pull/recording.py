@@ -22,9 +22,9 @@ from lazysnap import channel, oci
 from lazysnap.containerd.client import Containerd
 from lazysnap.digest import Digest
 from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
-from lazysnap.layers.profile import Profile, Read, from_reads
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.platforms import Platform
+from lazysnap.prefetch.profile import Profile, Read, from_reads
 
 _DOCUMENT_LIMIT = 8 << 20
 _CALL_SECONDS = 30.0

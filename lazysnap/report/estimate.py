@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lazysnap.fetch.members import of_range
+from lazysnap.fetch.scheduler import Priority
+from lazysnap.fetch.trace import Fetched, Told, Waited
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.members import of_range
-from lazysnap.layers.profile import Read, coalesce, locate
-from lazysnap.layers.schedule import Priority
-from lazysnap.layers.trace import Fetched, Told, Waited
+from lazysnap.prefetch.profile import Read, coalesce, locate
 from lazysnap.report.model import Layer, Savings, Use, Wait
 
 

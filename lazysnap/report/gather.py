@@ -18,10 +18,10 @@ import trio
 from lazysnap import channel
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.profile import MAX_SIZE, Profile, parse
+from lazysnap.fetch.trace import Told, told
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.layers.trace import Told, told
 from lazysnap.layers.view import open_index
+from lazysnap.prefetch.profile import MAX_SIZE, Profile, parse
 from lazysnap.report.estimate import savings, use
 from lazysnap.report.history import History, slowest
 from lazysnap.report.model import Container, Layer, Range, Report, Use, Wait

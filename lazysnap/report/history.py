@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lazysnap.fetch.trace import Fetched, Told, Waited, label
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.trace import Fetched, Told, Waited, label
 from lazysnap.report.model import Range, Slow, Wait, printable
 
 _NAMES_MOST = 20

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import trio
 
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.fetch import Plan
-from lazysnap.layers.schedule import Priority
+from lazysnap.fetch.fetcher import Plan
+from lazysnap.fetch.scheduler import Priority
+from lazysnap.prefetch.queue import Ahead
 from lazysnap.shard.mounted import MountedLayers
 
 

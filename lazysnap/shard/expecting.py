@@ -11,7 +11,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.reader import LayerReader
+from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.fetching import Fetching
 from lazysnap.shard.mounted import MountedLayers

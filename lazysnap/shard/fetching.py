@@ -18,18 +18,18 @@ from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
+from lazysnap.fetch.fetcher import Fetcher, Plan
+from lazysnap.fetch.layer_reader import LayerReader
+from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.scheduler import Priority, Scheduler
+from lazysnap.fetch.tail_source import SeededSource
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Fetcher, Plan
-from lazysnap.layers.guess import Guesser
-from lazysnap.layers.profile import Read, landmark_plan, locate
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.schedule import Priority, Scheduler
-from lazysnap.layers.seeded import SeededSource
 from lazysnap.layers.slots import LayerOrigin
-from lazysnap.layers.walk import Walks
-from lazysnap.layers.warming import prepare_start
+from lazysnap.prefetch.guesser import Guesser
+from lazysnap.prefetch.profile import Read, landmark_plan, locate
+from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.readahead import prepare_start
+from lazysnap.prefetch.tree_walks import Walks
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Blob, Registry
 

@@ -13,7 +13,7 @@ import trio
 
 from lazysnap.cache import Cache
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.local import is_complete, is_empty
+from lazysnap.fetch.coverage import is_complete, is_empty
 from lazysnap.registry.client import Blob
 from lazysnap.shard.mounted import MountedLayer
 from lazysnap.shard.settings import ShardSettings

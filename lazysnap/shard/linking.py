@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follows programs and libraries that are read here (see `lazysnap.layers.libraries`), over all shards.
+"""Follows programs and libraries that are read here (see `lazysnap.prefetch.libraries`), over all shards.
 
 The layers of an image may be on several shards. Each follows the files of its own layers, and tells the
 others, by their call `link`, which of theirs are needed. Advice only: what fails is logged for developers.
@@ -15,10 +15,10 @@ import trio
 from lazysnap import channel, log
 from lazysnap.errors import LazysnapError
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.libraries import BytesAhead, Image, Libraries, may_link
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_changed
 from lazysnap.layers.view import open_index
+from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
+from lazysnap.prefetch.queue import Ahead
 from lazysnap.shard.mounted import MountedLayers
 
 _log = log.get(__name__)

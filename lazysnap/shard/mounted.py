@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 import trio
 
 from lazysnap.errors import Internal
+from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.index.model import Attributes
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.recorder import Recorder
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.owners import Owners, possible_owners
+from lazysnap.prefetch.recorder import Recorder
 
 _TIDY_SECONDS = 10.0
 

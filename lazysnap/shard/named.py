@@ -19,7 +19,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from lazysnap.errors import NotFound
-from lazysnap.layers.names import NamedLayer
+from lazysnap.layers.store_names import NamedLayer
 from lazysnap.shard import contents, names
 from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.mounted import MountedLayers

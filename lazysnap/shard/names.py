@@ -20,7 +20,7 @@ import trio
 from lazysnap import channel, log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, LazysnapError, NotFound
-from lazysnap.layers.names import NamedLayer, list_names, read_name
+from lazysnap.layers.store_names import NamedLayer, list_names, read_name
 
 _log = log.get(__name__)
 NAME = b"layers"

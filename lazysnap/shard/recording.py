@@ -24,10 +24,10 @@ from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import FailedPrecondition, LazysnapError
+from lazysnap.fetch.members import of_file
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.members import of_file
-from lazysnap.layers.recorder import EXPIRES_SECONDS, Recorder
-from lazysnap.layers.recorder import reads as reads_of
+from lazysnap.prefetch.recorder import EXPIRES_SECONDS, Recorder
+from lazysnap.prefetch.recorder import reads as reads_of
 from lazysnap.shard.mounted import MountedLayer, MountedLayers
 
 _log = log.get(__name__)

@@ -15,9 +15,9 @@ import msgspec
 import trio
 
 from lazysnap.cache import Cache
-from lazysnap.layers.local import local_share
-from lazysnap.layers.schedule import Scheduler
-from lazysnap.layers.trace import Told, forgotten
+from lazysnap.fetch.coverage import local_share
+from lazysnap.fetch.scheduler import Scheduler
+from lazysnap.fetch.trace import Told, forgotten
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample, counts
 from lazysnap.registry.client import Registry

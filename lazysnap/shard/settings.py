@@ -9,7 +9,7 @@ import msgspec
 
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.errors import Internal
-from lazysnap.layers.schedule import Limits
+from lazysnap.fetch.scheduler import Limits
 from lazysnap.registry.hosts import RegistrySettings
 
 FIRST_XATTR_SHARD = 64

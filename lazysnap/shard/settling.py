@@ -14,7 +14,7 @@ from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.contents import Contents
+from lazysnap.fetch.open_files import Contents
 from lazysnap.shard import memory
 
 _log = log.get(__name__)

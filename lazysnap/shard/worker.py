@@ -16,7 +16,7 @@ next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
 - `metrics()` numbers for the daemon, see `reporting`
 - `record(slots, since)` begin to note what is read, see `recording`
 - `recorded(slots, since)` end it, and tell what was read
-- `trace(slots, since)` what was fetched for them, and who waited, see `lazysnap.layers.trace`
+- `trace(slots, since)` what was fetched for them, and who waited, see `lazysnap.fetch.trace`
 - `reload()` take up the settings that are on disk now
 - `restart()` end, so that the keeper starts a worker of the release that is on disk now
 """
@@ -38,17 +38,17 @@ from lazysnap import channel, log, tracing
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
 from lazysnap.errors import LazysnapError
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Plan
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.schedule import Priority, Scheduler
+from lazysnap.fetch.fetcher import Plan
+from lazysnap.fetch.layer_reader import LayerReader
+from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.layers.slots import LayerOrigin
-from lazysnap.layers.upkeep import keep_within_limits
-from lazysnap.layers.warming import prepare_tree
+from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
+from lazysnap.shard.cache_limits import keep_within_limits
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.expecting import Expecting
 from lazysnap.shard.fetching import Fetching

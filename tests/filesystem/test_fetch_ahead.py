@@ -16,8 +16,8 @@ from lazysnap.filesystem.fetch_ahead import EarlyFetch
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
-from lazysnap.layers.profile import Read, from_reads
-from lazysnap.layers.profiles import ProfileStore
+from lazysnap.prefetch.profile import Read, from_reads
+from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS

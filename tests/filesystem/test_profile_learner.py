@@ -13,9 +13,9 @@ import trio.testing
 
 from lazysnap.errors import FailedPrecondition, Unavailable
 from lazysnap.filesystem.profile_learner import Learner
-from lazysnap.layers.profile import Profile, Read
-from lazysnap.layers.profiles import ProfileStore
 from lazysnap.layers.slots import SlotRecord
+from lazysnap.prefetch.profile import Profile, Read
+from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.supervisor import Supervisor
 from tests.support.clocks import patient_clock
 

@@ -19,15 +19,15 @@ from lazysnap import oci
 from lazysnap.cache import Cache
 from lazysnap.digest import Digest
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError, NotLazy
+from lazysnap.fetch.fetcher import Fetcher
+from lazysnap.fetch.layer_reader import LayerReader
+from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.scheduler import Scheduler
+from lazysnap.fetch.tail_source import SeededSource
 from lazysnap.layers.builder import Job
-from lazysnap.layers.builders import Builders
-from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Fetcher
+from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.schedule import Scheduler
-from lazysnap.layers.seeded import SeededSource
-from lazysnap.layers.trees import tree_name
+from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -383,7 +383,7 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
 async def test_one_is_kept_that_has_built_nothing(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lazysnap.layers.builders._IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("lazysnap.layers.builder_pool._IDLE_SECONDS", 0.1)
     builders = Builders(2, kept=1)
     nursery.start_soon(builders.run)
     layer = layers.estargz(ENTRIES)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lazysnap.errors import Internal, NotFound
-from lazysnap.layers.names import NamedLayer, list_names, read_name, remove_name, write_name
 from lazysnap.layers.slots import (
     Inherited,
     SlotRecord,
@@ -17,6 +16,7 @@ from lazysnap.layers.slots import (
     remove_slot,
     write_slot,
 )
+from lazysnap.layers.store_names import NamedLayer, list_names, read_name, remove_name, write_name
 
 RECORD = SlotRecord(
     slot=7,

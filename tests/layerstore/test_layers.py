@@ -14,7 +14,7 @@ import trio.testing
 from lazysnap import oci
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, NotFound
-from lazysnap.layers.names import NamedLayer, list_names
+from lazysnap.layers.store_names import NamedLayer, list_names
 from lazysnap.layerstore.images import Images
 from lazysnap.layerstore.layers import LayerStore
 from lazysnap.layerstore.references import References

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.fetch import Plan
-from lazysnap.layers.profile import Read
-from lazysnap.layers.schedule import Priority, Scheduler
-from lazysnap.layers.trace import Told
+from lazysnap.fetch.fetcher import Plan
+from lazysnap.fetch.scheduler import Priority, Scheduler
+from lazysnap.fetch.trace import Told
+from lazysnap.prefetch.profile import Read
+from lazysnap.prefetch.queue import Ahead
 from lazysnap.report.estimate import covered, savings, use
 from lazysnap.report.gather import from_zero
 from lazysnap.report.history import History, slowest
 from lazysnap.report.model import Container, Layer, Range, Report, Wait, printable
 from lazysnap.report.page import page
 from lazysnap.report.sections import sections
-from tests.layers.engine import Engine, engine
+from tests.fetch.engine import Engine, engine
 from tests.report.browser import CHROMIUM, Browser, Page
 from tests.support import layers
 

@@ -13,12 +13,12 @@ import trio
 import trio.testing
 
 from lazysnap.errors import LazysnapError, RegistryUnreachable
-from lazysnap.layers import trace
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.fetch import Plan
-from lazysnap.layers.schedule import Priority, Scheduler
-from lazysnap.layers.trace import Told, told
-from tests.layers.engine import engine
+from lazysnap.fetch import trace
+from lazysnap.fetch.fetcher import Plan
+from lazysnap.fetch.scheduler import Priority, Scheduler
+from lazysnap.fetch.trace import Told, told
+from lazysnap.prefetch.queue import Ahead
+from tests.fetch.engine import engine
 from tests.support import layers
 
 _DATA = random.Random(7).randbytes(6_000_000)

@@ -14,9 +14,9 @@ import pytest
 import trio
 import trio.testing
 
+from lazysnap.fetch.fetcher import Fetcher, Plan
+from lazysnap.fetch.scheduler import Priority
 from lazysnap.index.codec import build, encode
-from lazysnap.layers.fetch import Fetcher, Plan
-from lazysnap.layers.schedule import Priority
 from lazysnap.layers.slots import SlotRecord, write_slot
 from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS

@@ -12,17 +12,17 @@ import trio
 
 from lazysnap import channel
 from lazysnap.cache import Cache
+from lazysnap.fetch.fetcher import Fetcher
+from lazysnap.fetch.layer_reader import LayerReader
+from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.ahead import Ahead
-from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Fetcher
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.schedule import Scheduler
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
+from lazysnap.prefetch.queue import Ahead
 from lazysnap.shard.linking import Linking
 from lazysnap.shard.mounted import MountedLayers
-from tests.layers.engine import MemorySource
+from tests.fetch.engine import MemorySource
 from tests.support.elf import make_elf
 from tests.support.indexes import resolve, toc_of
 from tests.support.layers import Entry, Layer, estargz, file

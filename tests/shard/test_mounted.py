@@ -13,15 +13,15 @@ import trio.testing
 
 from lazysnap.cache import Cache
 from lazysnap.errors import Internal
+from lazysnap.fetch.fetcher import Fetcher
+from lazysnap.fetch.layer_reader import LayerReader
+from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.contents import Contents
-from lazysnap.layers.fetch import Fetcher
-from lazysnap.layers.reader import LayerReader
-from lazysnap.layers.schedule import Scheduler
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.shard.mounted import MountedLayers
-from tests.layers.engine import MemorySource
+from tests.fetch.engine import MemorySource
 from tests.support import layers
 from tests.support.clocks import patient_clock
 from tests.support.indexes import toc_of

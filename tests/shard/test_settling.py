@@ -10,7 +10,7 @@ import trio
 
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
-from lazysnap.layers.contents import Contents
+from lazysnap.fetch.open_files import Contents
 from lazysnap.shard.settling import Settling
 
 _EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
