@@ -23,7 +23,7 @@ from lazysnap.filesystem.profile_learner import Learner
 from lazysnap.filesystem.shard_filesystem import ShardLayers
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
-from lazysnap.pull.delegated import Delegated
+from lazysnap.pull.daemon_server import Delegated
 from lazysnap.registry.client import Registry
 from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
@@ -34,7 +34,7 @@ from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
-from lazysnap.unpack.processes import Appliers
+from lazysnap.unpack.applier_pool import Appliers
 
 _log = log.get(__name__)
 

@@ -10,7 +10,7 @@ from lazysnap.check import (
     disk,
     image,
     kernel,
-    mounted,
+    mount_points,
     overlay,
     podman,
     registry,
@@ -24,7 +24,7 @@ PROBES: tuple[Probe, ...] = (
     *overlay.PROBES,
     *disk.PROBES,
     *cache.PROBES,
-    *mounted.PROBES,  # what is mounted in a directory that is to go is unmounted first
+    *mount_points.PROBES,  # what is mounted in a directory that is to go is unmounted first
     *store.PROBES,
     *shards.PROBES,
     *daemon.PROBES,

@@ -18,8 +18,8 @@ import trio
 
 from lazysnap import channel, config, log
 from lazysnap.cli import interrupt
-from lazysnap.cli.inquiry import inquire, shard_socket
 from lazysnap.cli.options import config_option, root_option
+from lazysnap.cli.root_state import inquire, shard_socket
 from lazysnap.cli.status import readable_root
 from lazysnap.cli.units import duration
 from lazysnap.errors import LazysnapError, NotFound

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from lazysnap import config, log, places
-from lazysnap.cli import interrupt
+from lazysnap.cli import interrupt, profile_recording
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.containerd.client import Containerd
 from lazysnap.errors import InvalidArgument, NotFound
@@ -18,7 +18,6 @@ from lazysnap.filesystem.profile_finder import fetch_profiles
 from lazysnap.platforms import Platform
 from lazysnap.prefetch.profile import ARTIFACT_TYPE, Profile, parse, serialize
 from lazysnap.prefetch.profile_store import ProfileStore
-from lazysnap.pull import recording
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, push_referrer
 
@@ -69,13 +68,13 @@ def command(
     store = ProfileStore(directory)
     ctr = ["ctr", "--address", address, "--namespace", namespace]
 
-    async def find() -> recording.LocalImage:
+    async def find() -> profile_recording.LocalImage:
         async with Containerd(address, namespace) as containerd:
             here = Platform.parse(f"linux/{machine.machine()}")
-            return await recording.find_image(containerd, image, here)
+            return await profile_recording.find_image(containerd, image, here)
 
-    async def record(found: recording.LocalImage) -> Profile:
-        return await recording.record(
+    async def record(found: profile_recording.LocalImage) -> Profile:
+        return await profile_recording.record(
             found, run, root=directory, ctr=ctr, snapshotter=snapshotter, seconds=seconds
         )
 
@@ -103,7 +102,7 @@ def command(
     click.echo(serialize(profile).decode() if as_json else _as_text(profile))
 
 
-async def _fetch(image: recording.LocalImage, plain_http: bool) -> list[Profile]:
+async def _fetch(image: profile_recording.LocalImage, plain_http: bool) -> list[Profile]:
     reference = Reference.parse(image.name)
     async with Registry() as registry:
         if plain_http:
@@ -111,7 +110,7 @@ async def _fetch(image: recording.LocalImage, plain_http: bool) -> list[Profile]
         return await fetch_profiles(registry, reference, image.manifest.digest)
 
 
-async def _push(image: recording.LocalImage, profile: Profile, plain_http: bool) -> None:
+async def _push(image: profile_recording.LocalImage, profile: Profile, plain_http: bool) -> None:
     reference = Reference.parse(image.name)
     async with Registry() as registry:
         if plain_http:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from lazysnap import places
-from lazysnap.pull.asking import ask
+from lazysnap.pull.daemon_ask import ask
 
 _MACHINES = {"armv6l": "arm/v6", "armv7l": "arm/v7"}
 """uname's names that are not architecture names of OCI, nor known to `Platform` as another's."""
@@ -72,17 +72,17 @@ def command(
             asked = ask(root, reference, platform, **there)
         # Only now, as the daemon is at work meanwhile.
         from lazysnap import log
-        from lazysnap.cli import following, pulled
+        from lazysnap.cli import pull_by_daemon, pull_output
 
         log.setup("debug" if debug else "warning")
         if asked is not None:
-            result, documents = following.follow(asked)
+            result, documents = pull_by_daemon.follow(asked)
     if result is None:
         # Only now, as this takes a quarter of a second.
-        from lazysnap.cli import pulling
+        from lazysnap.cli import pull_here
 
-        result = pulling.run(documents, reference, platform, **place, plain_http=plain_http)
-    pulled.show(result, time.monotonic() - began, as_json=as_json)
+        result = pull_here.run(documents, reference, platform, **place, plain_http=plain_http)
+    pull_output.show(result, time.monotonic() - began, as_json=as_json)
 
 
 @contextlib.contextmanager

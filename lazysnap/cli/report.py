@@ -15,8 +15,8 @@ import trio
 from lazysnap import config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.drain import chosen
-from lazysnap.cli.inquiry import database, inquire, slot_records
 from lazysnap.cli.options import config_option, root_option
+from lazysnap.cli.root_state import database, inquire, slot_records
 from lazysnap.cli.status import readable_root
 from lazysnap.errors import InvalidArgument
 from lazysnap.quantities import bytes_text

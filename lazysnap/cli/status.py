@@ -17,8 +17,8 @@ import trio
 
 from lazysnap import config, log
 from lazysnap.cli import interrupt
-from lazysnap.cli.inquiry import inquire
 from lazysnap.cli.options import config_option, root_option
+from lazysnap.cli.root_state import inquire
 from lazysnap.errors import ConfigError
 from lazysnap.quantities import bytes_text
 

@@ -14,7 +14,7 @@ from lazysnap.supervisor import Supervisor
 class Unshown:
     """Mounts nothing.
 
-    Whoever uses layers finds them on their shard by name (see `lazysnap.shard.names`) and puts them
+    Whoever uses layers finds them on their shard by name (see `lazysnap.shard.store_view`) and puts them
     together as it likes: nobody here knows what will be below a layer.
 
     Args:

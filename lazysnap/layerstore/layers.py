@@ -21,9 +21,9 @@ from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, NotLazy
 from lazysnap.layers.store_names import NamedLayer, list_names, read_name, remove_name, write_name
 from lazysnap.layerstore.images import Images
 from lazysnap.layerstore.information import information
+from lazysnap.layerstore.kernel_trees import KernelTrees
 from lazysnap.layerstore.references import References, is_stored
 from lazysnap.layerstore.storages import Using
-from lazysnap.layerstore.trees import KernelTrees
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.registry.image import Image

@@ -24,15 +24,15 @@ from lazysnap.filesystem.shard_filesystem import ShardLayers
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
+from lazysnap.layerstore.kernel_trees import KernelTrees
 from lazysnap.layerstore.layers import LayerStore
 from lazysnap.layerstore.references import References
 from lazysnap.layerstore.storages import Storages
-from lazysnap.layerstore.trees import KernelTrees
 from lazysnap.registry.client import Registry
 from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
-from lazysnap.shard import names
+from lazysnap.shard import store_view
 from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
@@ -66,7 +66,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     os.umask(0o022)
     lock = lock_root(root, "store")
     try:
-        introduce(root, names.socket_path(root))
+        introduce(root, store_view.socket_path(root))
         await run_until_stopped(partial(_serve, config, root, unmount_on_exit, shard_slice), load)
     finally:
         os.close(lock)
@@ -209,7 +209,7 @@ async def _serve_layers(
         "released": released,
         "collect": layers.collect,
     }
-    await nursery.start(channel.serve, names.socket_path(root), handlers)
+    await nursery.start(channel.serve, store_view.socket_path(root), handlers)
     await layers.show_trees()
     nursery.start_soon(collect)
 
@@ -220,7 +220,7 @@ def _make_path(root: str, supervisor: Supervisor) -> None:
     A client that does not find it refuses all work, and not only that with lazy layers.
     """
     path = os.path.join(root, _LINK)
-    target = os.path.join(supervisor.mountpoint(0), os.fsdecode(names.NAME))
+    target = os.path.join(supervisor.mountpoint(0), os.fsdecode(store_view.NAME))
     with contextlib.suppress(OSError):  # a mount that is dead; the directory is below it
         os.makedirs(target, exist_ok=True)
     try:

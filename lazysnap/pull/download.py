@@ -21,7 +21,7 @@ from lazysnap.containerd.content import CHUNK, Content, Writer
 from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, LazysnapError
 from lazysnap.oci import Descriptor
-from lazysnap.pull.local import Tap
+from lazysnap.pull.local_unpack import Tap
 from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerState, Progress
 from lazysnap.reference import Reference

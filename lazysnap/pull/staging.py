@@ -20,11 +20,11 @@ from lazysnap import log, oci
 from lazysnap.containerd.snapshots import Snapshots
 from lazysnap.errors import LazysnapError
 from lazysnap.pull.download import Downloads
-from lazysnap.pull.local import LocalLayer, is_empty, job_for
+from lazysnap.pull.local_unpack import LocalLayer, is_empty, job_for
 from lazysnap.unpack.applier import Whiteouts
+from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.aside import bring
 from lazysnap.unpack.process import Job
-from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
 _CLEANUP_SECONDS = 10.0

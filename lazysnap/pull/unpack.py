@@ -34,12 +34,12 @@ from lazysnap.errors import (
     Unavailable,
 )
 from lazysnap.pull.download import PARALLEL, Downloads
-from lazysnap.pull.local import LocalLayer, job_for
+from lazysnap.pull.local_unpack import LocalLayer, job_for
 from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerResult, LayerState, Progress
 from lazysnap.pull.staging import StagedLayer, Staging
 from lazysnap.registry.image import Image
-from lazysnap.unpack.processes import Appliers
+from lazysnap.unpack.applier_pool import Appliers
 
 _log = log.get(__name__)
 

@@ -13,7 +13,7 @@ import trio
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.scheduler import Priority
 from lazysnap.prefetch.queue import Ahead
-from lazysnap.shard.mounted import MountedLayers
+from lazysnap.shard.mounted_layers import MountedLayers
 
 
 class Draining:

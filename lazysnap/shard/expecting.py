@@ -13,8 +13,8 @@ from lazysnap import log
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.layers.slots import LayerOrigin
-from lazysnap.shard.fetching import Fetching
-from lazysnap.shard.mounted import MountedLayers
+from lazysnap.shard.layer_sources import Fetching
+from lazysnap.shard.mounted_layers import MountedLayers
 
 _log = log.get(__name__)
 EXPECTED_SECONDS = 60.0

@@ -15,7 +15,7 @@ from lazysnap.cache import Cache
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.coverage import is_complete, is_empty
 from lazysnap.registry.client import Blob
-from lazysnap.shard.mounted import MountedLayer
+from lazysnap.shard.mounted_layers import MountedLayer
 from lazysnap.shard.settings import ShardSettings
 
 # After a failed probe the next one is not tried at once: a start asks for many layers in a row.

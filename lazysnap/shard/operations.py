@@ -26,8 +26,8 @@ from lazysnap import log
 from lazysnap.errors import LazysnapError, NotFound
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import BOUNDS, counts
-from lazysnap.shard import contents
-from lazysnap.shard.mounted import MountedLayer, MountedLayers
+from lazysnap.shard import content_view
+from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 
 _log = log.get(__name__)
 FOR_EVER = 10 * 365 * 86400.0
@@ -116,7 +116,7 @@ class Operations:
 
     def __init__(self, layers: MountedLayers, root: str, *, xattrs: bool) -> None:
         self.layers = layers
-        self.contents = contents.ContentView(layers)
+        self.contents = content_view.ContentView(layers)
         self.xattrs = xattrs
         self.root = root
         # pyfuse3 copies from them while it answers, before the next handler can run.
@@ -143,10 +143,10 @@ class Operations:
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Look a name up in a directory."""
         if parent == pyfuse3.ROOT_INODE:
-            if name == contents.NAME:
-                return directory_entry(contents.ROOT)
+            if name == content_view.NAME:
+                return directory_entry(content_view.ROOT)
             return await self._lookup_slot(name)
-        if contents.is_directory(parent):
+        if content_view.is_directory(parent):
             return await self._lookup_content(parent, name)
         layer, node = await self._layer(parent)
         child = layer.index.lookup(node, name)
@@ -167,7 +167,7 @@ class Operations:
     async def _lookup_content(self, parent: int, name: bytes) -> EntryAttributes:
         found = await self.contents.lookup(parent, name)
         if found is None:
-            if parent == contents.ROOT:  # as for slots
+            if parent == content_view.ROOT:  # as for slots
                 raise FUSEError(errno.ENOENT)
             return self._absent
         return directory_entry(found) if isinstance(found, int) else layer_entry(*found)
@@ -175,7 +175,7 @@ class Operations:
     @guarded("getattr")
     async def getattr(self, inode: int, ctx: RequestContext | None) -> EntryAttributes:
         """Attributes of an inode."""
-        if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
+        if inode == pyfuse3.ROOT_INODE or content_view.is_directory(inode):
             return directory_entry(inode)
         layer, node = await self._layer(inode)
         return layer_entry(layer, node)
@@ -197,7 +197,7 @@ class Operations:
         if fh == pyfuse3.ROOT_INODE:
             await self._list_slots(start_id, token)
             return
-        if contents.is_directory(fh):
+        if content_view.is_directory(fh):
             return  # nobody but overlay comes here, and it asks by name
         layer, node = await self._layer(fh)
         index = layer.index
@@ -264,7 +264,7 @@ class Operations:
         """
         if not self.xattrs:
             raise FUSEError(errno.ENOSYS)
-        if inode != pyfuse3.ROOT_INODE and not contents.is_directory(inode):
+        if inode != pyfuse3.ROOT_INODE and not content_view.is_directory(inode):
             layer, node = await self._layer(inode)
             for key, value in layer.xattrs(node):
                 if key == name:
@@ -274,7 +274,7 @@ class Operations:
     @guarded("listxattr")
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """Names of the extended attributes."""
-        if inode == pyfuse3.ROOT_INODE or contents.is_directory(inode):
+        if inode == pyfuse3.ROOT_INODE or content_view.is_directory(inode):
             return []
         layer, node = await self._layer(inode)
         return [key for key, _ in layer.xattrs(node)]

@@ -21,7 +21,7 @@ from lazysnap.fetch.trace import Told, forgotten
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample, counts
 from lazysnap.registry.client import Registry
-from lazysnap.shard.mounted import MountedLayer
+from lazysnap.shard.mounted_layers import MountedLayer
 from lazysnap.shard.operations import activity
 
 HUNG_SECONDS = 30.0

@@ -49,19 +49,19 @@ from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.cache_limits import keep_within_limits
+from lazysnap.shard.cache_upkeep import Settling, watch_objects
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.expecting import Expecting
-from lazysnap.shard.fetching import Fetching
 from lazysnap.shard.health import LayerHealth
-from lazysnap.shard.leisure import Leisure
-from lazysnap.shard.linking import Linking
-from lazysnap.shard.mounted import MountedLayer, MountedLayers
-from lazysnap.shard.named import NamedOperations
-from lazysnap.shard.names import Names
+from lazysnap.shard.idle import Leisure
+from lazysnap.shard.layer_sources import Fetching
+from lazysnap.shard.library_prefetch import Linking
+from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations
-from lazysnap.shard.recording import Recording
+from lazysnap.shard.read_recording import Recording
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
-from lazysnap.shard.settling import Settling, watch_objects
+from lazysnap.shard.store_operations import NamedOperations
+from lazysnap.shard.store_view import Names
 
 _log = log.get(__name__)
 EXIT_UNMOUNTED = 0

@@ -17,8 +17,8 @@ from lazysnap.labels import parse_remote_request
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.unpack.applier import Whiteouts
+from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
-from lazysnap.unpack.processes import Appliers
 
 _KINDS = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
 _MANIFESTS = 64

@@ -31,7 +31,7 @@ from lazysnap.snapshotter.layer_unpacker import Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
-from lazysnap.unpack.processes import Appliers
+from lazysnap.unpack.applier_pool import Appliers
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@
 Makes of a tar what containerd's applier does (archive/tar.go), with these differences: times of
 directories that a layer leaves out are those of the layer below, as in a lazily mounted layer; a
 whiteout never hides what its own layer has (image-spec layer.md), in whatever order they come; a hard
-link does not take away the capabilities of its file. Blocks; `lazysnap.unpack.processes` is how the
+link does not take away the capabilities of its file. Blocks; `lazysnap.unpack.applier_pool` is how the
 daemon uses it.
 
 Invariant: whoever gets an error finds the target empty.

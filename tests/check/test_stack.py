@@ -18,7 +18,7 @@ import trio
 
 from fixtures.processes import accepts
 from lazysnap import mounts
-from lazysnap.check import daemon, mounted, shards, state, store
+from lazysnap.check import daemon, mount_points, shards, state, store
 from lazysnap.check.finding import Context, Finding, Level, Probe
 from tests.check.scene import look
 from tests.support import layers
@@ -33,7 +33,7 @@ count = 1
 background = false
 """
 PROBE_ALWAYS = "[registry]\nprobe_valid_seconds = 0.0\n"
-PROBES = (*daemon.PROBES, *mounted.PROBES, *shards.PROBES)
+PROBES = (*daemon.PROBES, *mount_points.PROBES, *shards.PROBES)
 
 
 @dataclass

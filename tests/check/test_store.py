@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lazysnap import mounts
-from lazysnap.check import mounted, store, trial
+from lazysnap.check import mount_points, store, trial
 from lazysnap.check.finding import Context, Finding, Level
 from lazysnap.check.running import repair
 from lazysnap.layers.slots import remove_slot
@@ -22,7 +22,7 @@ from lazysnap.overlay import Kind
 from tests.check.scene import Scene, context, look
 from tests.support.filesystems import mounted as loop_mounted
 
-PROBES = (*store.PROBES, *mounted.PROBES)
+PROBES = (*store.PROBES, *mount_points.PROBES)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ async def test_a_layer_that_is_not_mounted_yet(
 ) -> None:
     number = scene.lazy("lazy")
     serving = scene.say_serving()
-    monkeypatch.setattr(mounted, "_SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(mount_points, "_SETTLE_SECONDS", 0.1)
     (found,) = await _found(scene, "mounts")
     assert (found.level, "not mounted yet" in found.summary) == (Level.WARNING, True)
     later = time.time() + 200
@@ -171,17 +171,17 @@ async def test_a_layer_that_is_not_mounted_yet(
         assert (found.level, "not mounted:" in found.summary) == (Level.FAILURE, True)
 
     # It is while the probe waits for it.
-    looked = mounted._lost
+    looked = mount_points._lost
 
     def mount_it(context: Context) -> tuple[list[int], list[int]]:
         lost = looked(context)
         if lost == ([number], []):
             mounts.bind(str(tmp_path), str(scene.root / f"snapshots/{number}/fs"))
-            monkeypatch.setattr(mounted, "shows_layer", lambda *_: True)
+            monkeypatch.setattr(mount_points, "shows_layer", lambda *_: True)
         return lost
 
-    monkeypatch.setattr(mounted, "_SETTLE_SECONDS", 60.0)
-    monkeypatch.setattr(mounted, "_lost", mount_it)
+    monkeypatch.setattr(mount_points, "_SETTLE_SECONDS", 60.0)
+    monkeypatch.setattr(mount_points, "_lost", mount_it)
     assert await _found(scene, "mounts") == []
     os.close(serving)
 
@@ -215,7 +215,7 @@ async def test_mounts_that_nobody_knows(
         (scene.root / name).mkdir(parents=True)
         mounts.bind(str(tmp_path / "seen"), str(scene.root / name))
     serving = scene.say_serving()
-    monkeypatch.setattr(mounted, "_SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(mount_points, "_SETTLE_SECONDS", 0.01)
     assert len(await _found(scene, "unknown-mounts")) == 2
     os.close(serving)
     found = await _found(scene, "unknown-mounts")

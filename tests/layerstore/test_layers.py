@@ -16,10 +16,10 @@ from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, NotFound
 from lazysnap.layers.store_names import NamedLayer, list_names
 from lazysnap.layerstore.images import Images
+from lazysnap.layerstore.kernel_trees import KernelTrees
 from lazysnap.layerstore.layers import LayerStore
 from lazysnap.layerstore.references import References
 from lazysnap.layerstore.storages import Storages
-from lazysnap.layerstore.trees import KernelTrees
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.store.records import Attachment

@@ -22,7 +22,7 @@ from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.shard.settings import ShardSettings
 from lazysnap.shard.worker import Worker
-from tests.shard.bench import Shard, shard
+from tests.shard.scene import Shard, shard
 from tests.support import layers
 from tests.support.clocks import patient_clock
 from tests.support.indexes import toc_of

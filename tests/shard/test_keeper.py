@@ -23,7 +23,7 @@ from lazysnap import mounts
 from lazysnap.errors import Internal
 from lazysnap.layers.slots import remove_slot
 from lazysnap.shard.keeper import pause
-from tests.shard.bench import NUMBER, Shard, shard
+from tests.shard.scene import NUMBER, Shard, shard
 from tests.support import layers
 from tests.support.stack import wait_until
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shard.bench import Shard, shard
+from tests.shard.scene import Shard, shard
 from tests.support import layers
 from tests.support.layers import Entry
 
@@ -195,7 +195,7 @@ def test_every_slot_is_listed_and_no_other(it: Shard, tree: Path) -> None:
 def test_a_shard_without_xattrs_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.shard.bench.NUMBER", 0)
+    monkeypatch.setattr("tests.shard.scene.NUMBER", 0)
     with shard(tmp_path) as it:
         tree = it.attach(layers.estargz([layers.file("a", b"a"), layers.file("b", b"b")]))
         for name in ("a", "b", "a"):

@@ -28,8 +28,8 @@ from lazysnap.snapshotter.layer_unpacker import Layer, Streams
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
+from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
-from lazysnap.unpack.processes import Appliers
 from tests.support import tree
 from tests.support.filesystems import make_image, mounted, tmpfs
 from tests.support.odd import file, folder, symlink

@@ -17,9 +17,9 @@ from lazysnap import channel
 from lazysnap.channel import Tell
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError, NotLazy, Unavailable
-from lazysnap.pull.asking import ask
-from lazysnap.pull.delegated import image_of, pack_documents
-from lazysnap.pull.delegation import Delegation, pack_result
+from lazysnap.pull.daemon_ask import ask
+from lazysnap.pull.daemon_client import Delegation, pack_result
+from lazysnap.pull.daemon_server import image_of, pack_documents
 from lazysnap.pull.progress import LayerResult, LayerState, Progress, PullResult
 from lazysnap.reference import Reference
 from lazysnap.registry import Image, Registry

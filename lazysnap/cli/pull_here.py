@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lazysnap.cli import interrupt, pulled
+from lazysnap.cli import interrupt, pull_output
 from lazysnap.containerd.client import Containerd
 from lazysnap.platforms import Platform
-from lazysnap.pull.delegated import image_of
+from lazysnap.pull.daemon_server import image_of
 from lazysnap.pull.progress import PullResult
 from lazysnap.pull.puller import pull
 from lazysnap.reference import Reference
@@ -49,7 +49,7 @@ def run(
             image = None
             if documents is not None:
                 image = await image_of(documents, image_name, wanted)
-            with pulled.progress() as progress:
+            with pull_output.progress() as progress:
                 return await pull(
                     image_name, containerd, registry, snapshotter, wanted, progress, image
                 )

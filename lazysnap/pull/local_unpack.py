@@ -19,8 +19,8 @@ import trio
 from lazysnap import log, oci
 from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.errors import LazysnapError, Unavailable
+from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
-from lazysnap.unpack.processes import Appliers
 
 _log = log.get(__name__)
 _PIECES = 64  # of what the network gives at a time, at most 256 KiB

@@ -28,7 +28,7 @@ from lazysnap.fetch.members import of_file
 from lazysnap.index.reader import LayerIndex
 from lazysnap.prefetch.recorder import EXPIRES_SECONDS, Recorder
 from lazysnap.prefetch.recorder import reads as reads_of
-from lazysnap.shard.mounted import MountedLayer, MountedLayers
+from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 
 _log = log.get(__name__)
 # As much as the kernel reads at once when it reads ahead.

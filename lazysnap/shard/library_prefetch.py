@@ -19,7 +19,7 @@ from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_chang
 from lazysnap.layers.view import open_index
 from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
 from lazysnap.prefetch.queue import Ahead
-from lazysnap.shard.mounted import MountedLayers
+from lazysnap.shard.mounted_layers import MountedLayers
 
 _log = log.get(__name__)
 _CALL_SECONDS = 5.0

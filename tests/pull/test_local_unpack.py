@@ -15,10 +15,10 @@ from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.containerd.client import Containerd
 from lazysnap.digest import Digest
 from lazysnap.oci import OCI_LAYER_GZIP, Descriptor
-from lazysnap.pull.local import job_for
+from lazysnap.pull.local_unpack import job_for
 from lazysnap.pull.puller import pull
 from lazysnap.registry import Registry
-from lazysnap.unpack.processes import Appliers
+from lazysnap.unpack.applier_pool import Appliers
 from tests.pull.conftest import AMD64, serve
 from tests.support import images, layers, tree
 from tests.support.containerd import PrivateContainerd

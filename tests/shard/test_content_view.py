@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shard.bench import NUMBER, Shard, shard
+from tests.shard.scene import NUMBER, Shard, shard
 from tests.support import layers
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.shard.bench import Shard, shard
+from tests.shard.scene import Shard, shard
 from tests.support import layers
 from tests.support.stack import wait_until
 

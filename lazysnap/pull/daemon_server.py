@@ -19,7 +19,7 @@ from lazysnap.errors import LazysnapError, NotFound, NotLazy
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.oci import Descriptor
 from lazysnap.platforms import Platform
-from lazysnap.pull.delegation import pack_result
+from lazysnap.pull.daemon_client import pack_result
 from lazysnap.pull.progress import LayerState, Progress
 from lazysnap.pull.puller import pull
 from lazysnap.pull.unpack import can_be_lazy

@@ -20,7 +20,7 @@ from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
-from lazysnap.shard.mounted import MountedLayers
+from lazysnap.shard.mounted_layers import MountedLayers
 from tests.fetch.engine import MemorySource
 from tests.support import layers
 from tests.support.clocks import patient_clock

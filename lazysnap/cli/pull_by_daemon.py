@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lazysnap import log
-from lazysnap.cli import pulled
+from lazysnap.cli import pull_output
 from lazysnap.errors import LazysnapError
-from lazysnap.pull.delegation import Delegation
+from lazysnap.pull.daemon_client import Delegation
 from lazysnap.pull.progress import PullResult
 
 _log = log.get(__name__)
@@ -28,7 +28,7 @@ def follow(connection: socket.socket) -> tuple[PullResult | None, Mapping[str, A
     delegation = Delegation(connection)
     result = None
     try:
-        with pulled.progress() as progress:
+        with pull_output.progress() as progress:
             result = delegation.follow(progress)
     except LazysnapError as error:
         # Whatever is wrong with the image will be said by who tries next.

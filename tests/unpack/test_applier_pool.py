@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from lazysnap.errors import DigestMismatch, FormatError, Internal, RegistryUnreachable
+from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Job
-from lazysnap.unpack.processes import Appliers
 from tests.support.odd import file
 from tests.unpack.corpus import compressed, digest, pack
 

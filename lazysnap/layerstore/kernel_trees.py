@@ -28,7 +28,7 @@ from lazysnap.layers.slots import read_slot
 from lazysnap.layers.store_names import NamedLayer
 from lazysnap.layers.tree_images import ensure_nested_tree, ensure_tree
 from lazysnap.layers.view import open_index
-from lazysnap.shard import contents, names
+from lazysnap.shard import content_view, store_view
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -107,7 +107,7 @@ class KernelTrees:
             os.makedirs(place, mode=0o700, exist_ok=True)
         except OSError as error:
             raise Internal(f"cannot make {place}: {error.strerror}") from error
-        view = os.path.join(self._shard, os.fsdecode(contents.NAME), str(name.slot))
+        view = os.path.join(self._shard, os.fsdecode(content_view.NAME), str(name.slot))
         try:
             tree = (ensure_nested_tree if opaque else ensure_tree)(self._cache, record.index)
             mount_tree(tree, place)
@@ -135,7 +135,12 @@ class KernelTrees:
     def _path(self, name: NamedLayer) -> str:
         """The directory `diff` of a layer."""
         image = base64.b64encode(name.reference.encode()).decode()
-        parts = (os.fsdecode(names.NAME), image, name.digest, os.fsdecode(names.DIFF_NAME))
+        parts = (
+            os.fsdecode(store_view.NAME),
+            image,
+            name.digest,
+            os.fsdecode(store_view.DIFF_NAME),
+        )
         return os.path.join(self._shard, *parts)
 
 

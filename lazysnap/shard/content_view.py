@@ -14,7 +14,7 @@ import re
 from lazysnap.erofs.xattrs import PARTIAL_PREFIX
 from lazysnap.errors import NotFound
 from lazysnap.layers.slots import SlotRecord, read_slot
-from lazysnap.shard.mounted import MountedLayer, MountedLayers
+from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 
 NAME = b"contents"
 _VIEW = 1 << 62

@@ -11,7 +11,7 @@ import trio
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.fetch.open_files import Contents
-from lazysnap.shard.settling import Settling
+from lazysnap.shard.cache_upkeep import Settling
 
 _EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
 

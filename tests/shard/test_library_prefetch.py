@@ -20,8 +20,8 @@ from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.prefetch.queue import Ahead
-from lazysnap.shard.linking import Linking
-from lazysnap.shard.mounted import MountedLayers
+from lazysnap.shard.library_prefetch import Linking
+from lazysnap.shard.mounted_layers import MountedLayers
 from tests.fetch.engine import MemorySource
 from tests.support.elf import make_elf
 from tests.support.indexes import resolve, toc_of
