@@ -11,13 +11,13 @@ import trio
 from lazysnap import oci
 from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
 from lazysnap.check.state import environment
+from lazysnap.credentials.docker_config import DockerConfig
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
-from lazysnap.registry.credentials import DockerConfig
 
 _BUILDERS = 2
 _CONVERT = "convert the image to eStargz or zstd:chunked"

@@ -14,13 +14,13 @@ import trio
 
 from lazysnap.check.finding import Context, Finding, Probe, failure, warning
 from lazysnap.check.state import environment, slots
+from lazysnap.credentials.docker_config import Credential, DockerConfig
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError, RegistryUnreachable, Unauthorized
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.reference import Reference
 from lazysnap.registry.blob import RemoteBlob
 from lazysnap.registry.client import Registry
-from lazysnap.registry.credentials import Credential, DockerConfig
 from lazysnap.registry.retry import Fault
 
 _PROBE_SECONDS = 10.0

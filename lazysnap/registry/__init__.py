@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registries: endpoints, credentials, manifests, ranges of blobs, artifacts beside images."""
 
+from lazysnap.credentials.docker_config import Chain, Credential, CredentialSource, DockerConfig
 from lazysnap.registry.blob import RemoteBlob, Tail
 from lazysnap.registry.client import Registry
-from lazysnap.registry.credentials import Chain, Credential, CredentialSource, DockerConfig
 from lazysnap.registry.hosts import HostTable, RegistrySettings
 from lazysnap.registry.image import Image
 from lazysnap.registry.referrers import fetch_artifact, find_referrers, push_referrer

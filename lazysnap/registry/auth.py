@@ -21,10 +21,10 @@ import msgspec
 import trio
 
 from lazysnap import log
+from lazysnap.credentials.docker_config import Credential, CredentialSource
 from lazysnap.errors import LazysnapError, Unauthorized
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
-from lazysnap.registry.credentials import Credential, CredentialSource
 from lazysnap.registry.hosts import Endpoint
 from lazysnap.registry.retry import Backoff, Fault, parse_retry_after
 from lazysnap.registry.transport import Answer, Transport

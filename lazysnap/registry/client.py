@@ -17,13 +17,13 @@ from weakref import WeakValueDictionary
 import trio
 
 from lazysnap import log, oci
+from lazysnap.credentials.docker_config import CredentialSource, standard
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, InvalidArgument, LazysnapError
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import Authenticator
 from lazysnap.registry.blob import RemoteBlob, Tail
-from lazysnap.registry.credentials import CredentialSource, standard
 from lazysnap.registry.exchange import Call, Exchange
 from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
 from lazysnap.registry.image import Image, Resolved, assemble

@@ -18,9 +18,9 @@ from lazysnap import oci
 from lazysnap.check import image, registry
 from lazysnap.check.finding import Finding, Level
 from lazysnap.check.registry import expiry, judge_credential
+from lazysnap.credentials.docker_config import Credential
 from lazysnap.digest import Digest
 from lazysnap.reference import Reference
-from lazysnap.registry.credentials import Credential
 from lazysnap.registry.hosts import RegistrySettings
 from tests.check.scene import Scene, look
 from tests.support import layers

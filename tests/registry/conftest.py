@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
-from lazysnap.registry.credentials import Anonymous
 from tests.support.registry import FaultyRegistry, faulty_registry
 
 SETTINGS = RegistrySettings(retry_seconds=30, stall_seconds=5, connect_seconds=20)

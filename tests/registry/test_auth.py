@@ -9,13 +9,13 @@ from urllib.parse import parse_qs, parse_qsl
 import pytest
 import trio
 
+from lazysnap.credentials.docker_config import Fixed
 from lazysnap.errors import RegistryError, RegistryUnreachable, Unauthorized
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.reference import Reference
 from lazysnap.registry import Credential, Registry, RegistrySettings
 from lazysnap.registry.auth import Challenge, parse_challenges
-from lazysnap.registry.credentials import Fixed
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import Break, FaultyRegistry, Status
 

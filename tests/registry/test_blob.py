@@ -9,6 +9,7 @@ import time
 import pytest
 import trio
 
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import (
     InvalidArgument,
@@ -20,7 +21,6 @@ from lazysnap.errors import (
 )
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings, RemoteBlob
-from lazysnap.registry.credentials import Anonymous
 from tests.support.registry import Break, FaultyRegistry, Headers, Ranges, Status
 
 DATA = random.Random(1).randbytes(1_000_000)

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lazysnap import oci
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import (
     DigestMismatch,
@@ -19,7 +20,6 @@ from lazysnap.errors import (
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import HostTable, Registry, RegistrySettings
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.hosts import Endpoint
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import (

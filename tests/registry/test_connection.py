@@ -14,10 +14,10 @@ import httpx
 import pytest
 import trio
 
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.errors import RegistryError
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.pool import PoolTransport
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import Break, FaultyRegistry, Headers

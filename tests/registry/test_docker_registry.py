@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from lazysnap import oci
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import RegistryNotFound, Unauthorized
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import DockerConfig, Registry
-from lazysnap.registry.credentials import Anonymous
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import docker_registry
 

@@ -13,9 +13,9 @@ import pytest
 import trio
 import trio.testing
 
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.pool import PoolTransport, UploadBody
 from tests.registry.conftest import SETTINGS
 from tests.registry.test_connection import Scripted, scripted, sized

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from lazysnap import oci
+from lazysnap.credentials.docker_config import Anonymous, Credential
 from lazysnap.digest import Digest
 from lazysnap.errors import (
     InvalidArgument,
@@ -18,7 +19,6 @@ from lazysnap.errors import (
 )
 from lazysnap.reference import Reference
 from lazysnap.registry import HostTable, Registry, RegistrySettings
-from lazysnap.registry.credentials import Anonymous, Credential
 from lazysnap.registry.hosts import Endpoint
 from lazysnap.registry.push import push_blob, push_manifest
 from tests.registry.conftest import SETTINGS

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from lazysnap import oci
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, RegistryNotFound, Unauthorized
 from lazysnap.reference import Reference
@@ -22,7 +23,6 @@ from lazysnap.registry import (
     find_referrers,
     push_referrer,
 )
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.push import push_blob, push_manifest
 from lazysnap.registry.referrers import fallback_tag
 from tests.registry.conftest import SETTINGS

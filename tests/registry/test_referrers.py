@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from lazysnap import oci
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import (
     DigestMismatch,
@@ -21,7 +22,6 @@ from lazysnap.errors import (
 )
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, fetch_artifact, find_referrers, push_referrer
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.referrers import fallback_tag
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import FaultyRegistry, Headers, Status, faulty_registry

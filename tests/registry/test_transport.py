@@ -14,10 +14,10 @@ import pytest
 import trio
 
 from lazysnap import __version__
+from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.errors import RegistryError, RegistryUnreachable
 from lazysnap.reference import Reference
 from lazysnap.registry import HostTable, Registry, RegistrySettings
-from lazysnap.registry.credentials import Anonymous
 from lazysnap.registry.hosts import Endpoint, TLSOptions
 from lazysnap.registry.push import push_blob
 from lazysnap.registry.transport import Transport

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import trio
 
+from lazysnap.credentials.docker_config import Anonymous, Fixed, standard
 from lazysnap.registry import Chain, Credential, DockerConfig
-from lazysnap.registry.credentials import Anonymous, Fixed, standard
 
 AUTH = base64.b64encode(b"me:pass:word").decode()
 ME = Credential("me", "pass:word")
