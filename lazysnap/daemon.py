@@ -29,7 +29,7 @@ from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.layer_unpacker import Streams
+from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
@@ -124,7 +124,7 @@ async def _serve(
                 store,
                 settings=Settings(sync_on_commit=config.snapshots.sync_on_commit),
                 remote=layers if config.lazy.enabled else None,
-                streams=_streams(config, registry),
+                unpacker=_unpacker(config, registry),
             )
             await snapshotter.start(nursery)
             nursery.start_soon(supervisor.watch)
@@ -157,7 +157,7 @@ def _told(config: Config) -> ShardSettings:
     return shard_settings(config, config.shard_count())
 
 
-def _streams(config: Config, registry: Registry) -> Streams | None:
+def _unpacker(config: Config, registry: Registry) -> LayerUnpacker | None:
     if config.snapshots.eager == "containerd":
         return None
 
@@ -165,7 +165,7 @@ def _streams(config: Config, registry: Registry) -> Streams | None:
         unverified = config.lazy.allow_unverified
         return config.lazy.enabled and may_be_lazy(annotations, allow_unverified=unverified)
 
-    return Streams(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
+    return LayerUnpacker(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
 
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:

@@ -23,7 +23,7 @@ from lazysnap.overlay import Kind
 from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.layer_unpacker import Layer, Streams
+from lazysnap.snapshotter.interfaces import LayerBlob, Unpacker
 from lazysnap.snapshotter.locks import KeyLocks, Turn
 from lazysnap.snapshotter.unpack_ahead import Image, UnpackAhead
 from lazysnap.store.records import Lineage
@@ -44,7 +44,7 @@ class DirectLayers:
         store: its database.
         in_turn: runs what uses the database.
         house: collects directories that come to nothing.
-        streams: gets and unpacks layers.
+        unpacker: downloads and unpacks layers.
         sync: wait until the disk has a layer before its snapshot is made.
     """
 
@@ -54,7 +54,7 @@ class DirectLayers:
         store: SnapshotStore,
         in_turn: Turn,
         house: Housekeeping,
-        streams: Streams,
+        unpacker: Unpacker,
         *,
         sync: bool,
     ) -> None:
@@ -62,10 +62,10 @@ class DirectLayers:
         self._store = store
         self._in_turn = in_turn
         self._house = house
-        self._streams = streams
+        self._unpacker = unpacker
         self._sync = sync
         self._names = KeyLocks()
-        self._ahead = UnpackAhead(directories, house, streams)
+        self._ahead = UnpackAhead(directories, house, unpacker)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Unpack layers also before they are asked for, from now on.
@@ -144,13 +144,13 @@ class DirectLayers:
                 return self._dirs.build(directory, work=False, parent_id=parent_id)
 
             try:
-                layer = await self._streams.find(labels)
+                layer = await self._unpacker.find(labels)
                 target = await trio.to_thread.run_sync(build)
                 lowers = [self._dirs.fs(number) for number in numbers]
                 answer = await self._ahead.take(image, layer, target, lowers)
                 ahead = answer is not None
                 if answer is None:
-                    answer = await self._streams.unpack(layer, target, lowers)
+                    answer = await self._unpacker.unpack(layer, target, lowers)
                 _check_chain(layer, chain, answer.diff_id, labels[SNAPSHOT_REF])
                 if self._sync:
                     await trio.to_thread.run_sync(mounts.sync_filesystem, target)
@@ -185,7 +185,7 @@ class DirectLayers:
         raise AlreadyExists(f"snapshot {name!r} is ready")
 
 
-def _check_chain(layer: Layer, chain: str, diff_id: str, wanted: str) -> None:
+def _check_chain(layer: LayerBlob, chain: str, diff_id: str, wanted: str) -> None:
     found = oci.chain_id(Digest.parse(chain) if chain else None, Digest.parse(diff_id))
     if found != wanted:
         raise DigestMismatch(

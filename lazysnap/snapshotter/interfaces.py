@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the snapshotter needs from whoever mounts layers lazily.
+"""What the snapshotter needs from others: a file system of remote layers, and an unpacker of layers.
 
-The snapshotter owns names, directories and the database; the other side owns shards, slots' content
-and the mounts at the mount points it is told. Only declarations.
+The snapshotter owns names, directories and the database. The file system owns what it serves for a slot
+and the mounts at the mount points that it is told. The unpacker fills directories that it is told. Only
+declarations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from lazysnap.digest import Digest
+from lazysnap.reference import Reference
 from lazysnap.store.records import Attachment
+from lazysnap.unpack.applier import Whiteouts
+from lazysnap.unpack.process import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +119,67 @@ class RemoteLayers(Protocol):
 
     async def release(self, attached: Attached) -> None:
         """Unmount and forget a layer; must not fail when it is not mounted or attached."""
+
+
+class LayerBlob(NamedTuple):
+    """The blob of a layer, with all that is needed to download it.
+
+    Args:
+        reference: of an image whose repository has the blob.
+        digest: of the blob.
+        size: of the blob, in bytes.
+    """
+
+    reference: Reference
+    digest: Digest
+    size: int
+
+
+class Unpacker(Protocol):
+    """Downloads layers from registries and unpacks them into directories."""
+
+    @property
+    def whiteouts(self) -> Whiteouts:
+        """The form in which whiteouts are written on this node."""
+
+    async def find(self, labels: Mapping[str, str]) -> LayerBlob:
+        """The layer that a request asks for.
+
+        Args:
+            labels: of the request.
+
+        Raises:
+            NotLazy: the labels name no layer, or a layer that cannot be unpacked here; `reason` says why.
+            LazysnapError: the manifest of its image cannot be fetched.
+        """
+
+    async def above(self, labels: Mapping[str, str]) -> Sequence[LayerBlob]:
+        """The layers above the one that a request asks for which will be unpacked here, too.
+
+        Args:
+            labels: of the request.
+
+        Returns:
+            Those that are certainly not lazy, lowest first; none if the labels name no manifest.
+
+        Raises:
+            LazysnapError: the manifest cannot be fetched.
+        """
+
+    async def unpack(
+        self, layer: LayerBlob, target: str, lowers: Sequence[str], *, alone: bool = False
+    ) -> Answer:
+        """Download a layer, check it and unpack it.
+
+        Args:
+            layer: from `find` or `above`.
+            target: an empty directory.
+            lowers: directories of the layers below, nearest first.
+            alone: the layers below are not there yet, see `lazysnap.unpack.applier.Options`.
+
+        Returns:
+            What was unpacked.
+
+        Raises:
+            LazysnapError: it failed; what is in `target` then is of no use.
+        """

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers from registries into directories, for the daemon that unpacks them itself.
+"""Unpacks layers from registries into directories, if the daemon does that itself.
 
-Knows which layers there are and how each is unpacked on this node; nothing of snapshots.
+Implements `lazysnap.snapshotter.interfaces.Unpacker`. Knows which layers an image has and how each is
+unpacked on this node. Knows nothing of snapshots.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 from lazysnap import mounts, oci
 from lazysnap.digest import Digest
@@ -16,6 +16,7 @@ from lazysnap.errors import NotLazy
 from lazysnap.labels import parse_remote_request
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
+from lazysnap.snapshotter.interfaces import LayerBlob
 from lazysnap.unpack.applier import Whiteouts
 from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
@@ -24,24 +25,16 @@ _KINDS = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
 _MANIFESTS = 64
 
 
-class Layer(NamedTuple):
-    """A layer of which all is known that is needed to get it."""
-
-    reference: Reference
-    digest: Digest
-    size: int
-
-
-class Streams:
-    """Gets layers from registries and unpacks them.
+class LayerUnpacker:
+    """Downloads layers from registries and unpacks them; see `Unpacker`.
 
     Args:
         registry: client for manifests and blobs.
         appliers: processes that unpack.
-        may_be_lazy: whether a layer with these annotations may be mounted lazily; if not told, none.
+        may_be_lazy: whether a layer with these annotations may be mounted lazily; by default none may.
 
     Attributes:
-        whiteouts: what becomes of them on this node.
+        whiteouts: the form in which whiteouts are written on this node.
     """
 
     def __init__(
@@ -57,13 +50,8 @@ class Streams:
         privileged = mounts.overlay_facts().privileged
         self.whiteouts = Whiteouts.TRUSTED if privileged else Whiteouts.USER
 
-    async def find(self, labels: Mapping[str, str]) -> Layer:
-        """The layer that labels ask for.
-
-        Raises:
-            NotLazy: they do not tell, or it is none that can be unpacked here.
-            LazysnapError: its manifest cannot be had.
-        """
+    async def find(self, labels: Mapping[str, str]) -> LayerBlob:
+        """The layer that a request asks for; see `Unpacker`."""
         request = parse_remote_request(labels)
         if request is None:
             raise NotLazy("the labels name no layer", reason="no-image-labels")
@@ -77,17 +65,10 @@ class Streams:
             size, media_type = blob.size, blob.media_type
         if oci.layer_kind(media_type) not in _KINDS:
             raise NotLazy(f"a layer of type {media_type} is left to containerd", reason="encrypted")
-        return Layer(reference, request.layer_digest, size)
+        return LayerBlob(reference, request.layer_digest, size)
 
-    async def above(self, labels: Mapping[str, str]) -> list[Layer]:
-        """The layers above the one that labels ask for which will be unpacked here, too.
-
-        Returns:
-            Those that are certainly not lazy, lowest first; none if the labels name no manifest.
-
-        Raises:
-            LazysnapError: the manifest cannot be had.
-        """
+    async def above(self, labels: Mapping[str, str]) -> list[LayerBlob]:
+        """The layers above that will be unpacked here, too; see `Unpacker`."""
         request = parse_remote_request(labels)
         if request is None or request.manifest_digest is None:
             return []
@@ -95,7 +76,7 @@ class Streams:
         blobs = (await self._manifest(reference, request.manifest_digest)).layers or ()
         numbers = [n for n, blob in enumerate(blobs) if blob.digest == request.layer_digest]
         found = {
-            blob.digest: Layer(reference, blob.digest, blob.size)
+            blob.digest: LayerBlob(reference, blob.digest, blob.size)
             for blob in (blobs[numbers[0] + 1 :] if numbers else ())
             if oci.layer_kind(blob.media_type) in _KINDS
             and not self._may_be_lazy(blob.annotations or {})
@@ -114,26 +95,16 @@ class Streams:
         return manifest
 
     async def unpack(
-        self, layer: Layer, target: str, lowers: list[str], *, alone: bool = False
+        self, layer: LayerBlob, target: str, lowers: Sequence[str], *, alone: bool = False
     ) -> Answer:
-        """Get a layer and unpack it.
-
-        Args:
-            layer: which one.
-            target: an empty directory.
-            lowers: directories of the layers below, nearest first.
-            alone: they are not there yet, see `lazysnap.unpack.applier.Options`.
-
-        Raises:
-            LazysnapError: it failed.
-        """
+        """Download a layer, check it and unpack it; see `Unpacker`."""
         disk = os.statvfs(target)
         job = Job(
             target=target,
             size=layer.size,
             digest=str(layer.digest),
             whiteouts=self.whiteouts,
-            lowers=lowers,
+            lowers=list(lowers),
             devices=self.whiteouts is not Whiteouts.USER,
             most_bytes=disk.f_bavail * disk.f_frsize,
             alone=alone,

@@ -27,8 +27,7 @@ from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.direct_snapshots import DirectLayers
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.interfaces import RemoteLayers
-from lazysnap.snapshotter.layer_unpacker import Streams
+from lazysnap.snapshotter.interfaces import RemoteLayers, Unpacker
 from lazysnap.snapshotter.locks import KeyLocks, Turn
 from lazysnap.snapshotter.remote_snapshots import LazySnapshots
 from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
@@ -59,7 +58,7 @@ class Snapshotter:
         store: the database of this root.
         settings: what can be configured.
         remote: mounts layers lazily; without it every snapshot is an ordinary one.
-        streams: unpacks layers that are not lazy; without it that is left to the client.
+        unpacker: unpacks layers that are not lazy; without it that is left to the client.
 
     Raises:
         ConfigError: the root cannot be used.
@@ -73,7 +72,7 @@ class Snapshotter:
         *,
         settings: Settings | None = None,
         remote: RemoteLayers | None = None,
-        streams: Streams | None = None,
+        unpacker: Unpacker | None = None,
     ) -> None:
         self._dirs = Directories(root)
         self._store = store
@@ -84,10 +83,10 @@ class Snapshotter:
         self._house = Housekeeping(self._dirs, store, self._in_turn)
         self._lazy = LazySnapshots(self._dirs, store, self._in_turn, self._house, remote)
         self._direct = None
-        if streams is not None:
+        if unpacker is not None:
             sync = self._settings.sync_on_commit
             self._direct = DirectLayers(
-                self._dirs, store, self._in_turn, self._house, streams, sync=sync
+                self._dirs, store, self._in_turn, self._house, unpacker, sync=sync
             )
         self._keys = KeyLocks()
 

@@ -24,7 +24,7 @@ from lazysnap.errors import Internal, LazysnapError
 from lazysnap.labels import CRI_MANIFEST_DIGEST
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.layer_unpacker import Layer, Streams
+from lazysnap.snapshotter.interfaces import LayerBlob, Unpacker
 from lazysnap.unpack.aside import bring
 from lazysnap.unpack.process import Answer
 from lazysnap.unpack.tree import NEEDS_LOWER
@@ -47,7 +47,7 @@ class _Ahead:
         scope: what unpacks it, and then keeps its directory until it is cancelled.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: LayerBlob) -> None:
         self.layer = layer
         self.begun = False
         self.done = trio.Event()
@@ -82,13 +82,13 @@ class UnpackAhead:
     Args:
         directories: of the root.
         house: collects directories that come to nothing.
-        streams: gets and unpacks layers.
+        unpacker: downloads and unpacks layers.
     """
 
-    def __init__(self, directories: Directories, house: Housekeeping, streams: Streams) -> None:
+    def __init__(self, directories: Directories, house: Housekeeping, unpacker: Unpacker) -> None:
         self._dirs = directories
         self._house = house
-        self._streams = streams
+        self._unpacker = unpacker
         self._limit = trio.CapacityLimiter(AT_ONCE)
         self._images: dict[str, Image] = {}
         self._nursery: trio.Nursery | None = None
@@ -139,7 +139,7 @@ class UnpackAhead:
             self._nursery.start_soon(self._run, image, labels)
 
     async def take(
-        self, image: Image, layer: Layer, target: str, lowers: Sequence[str]
+        self, image: Image, layer: LayerBlob, target: str, lowers: Sequence[str]
     ) -> Answer | None:
         """Bring a layer to its place if it was unpacked ahead, or is being.
 
@@ -173,7 +173,7 @@ class UnpackAhead:
                 target,
                 lowers=lowers,
                 left_out=ahead.answer.left_out,
-                whiteouts=self._streams.whiteouts,
+                whiteouts=self._unpacker.whiteouts,
             )
             await trio.to_thread.run_sync(place)
             return ahead.answer
@@ -183,7 +183,7 @@ class UnpackAhead:
     async def _run(self, image: Image, labels: Mapping[str, str]) -> None:
         try:
             with image.scope:
-                above = await self._streams.above(labels)
+                above = await self._unpacker.above(labels)
                 image.layers = {
                     layer.digest: _Ahead(layer)
                     for layer in above
@@ -227,7 +227,7 @@ class UnpackAhead:
 
         try:
             ahead.target = await trio.to_thread.run_sync(build)
-            ahead.answer = await self._streams.unpack(ahead.layer, ahead.target, [], alone=True)
+            ahead.answer = await self._unpacker.unpack(ahead.layer, ahead.target, [], alone=True)
         except LazysnapError as error:
             _log.debug("a layer is not unpacked ahead", layer=ahead.layer.digest, error=error)
             ahead.error = error

@@ -27,7 +27,8 @@ from lazysnap.layers.opener import Opener
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
-from lazysnap.snapshotter.layer_unpacker import Streams
+from lazysnap.snapshotter.interfaces import Unpacker
+from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
@@ -45,12 +46,12 @@ class Engine:
 
     Attributes:
         snapshotter: started.
-        streams: gets and unpacks layers that are not lazy.
+        unpacker: downloads and unpacks layers that are not lazy.
         supervisor: of the shards.
     """
 
     snapshotter: Snapshotter
-    streams: Streams
+    unpacker: Unpacker
     supervisor: Supervisor
 
 
@@ -109,8 +110,8 @@ async def run(
             try:
                 if changed:
                     await supervisor.call_all("reload")
-                streams = Streams(registry, Appliers(os.cpu_count() or 1))
-                outcome.append(await work(Engine(snapshotter, streams, supervisor)))
+                unpacker = LayerUnpacker(registry, Appliers(os.cpu_count() or 1))
+                outcome.append(await work(Engine(snapshotter, unpacker, supervisor)))
                 await snapshotter.cleanup()
             finally:
                 with trio.CancelScope(shield=True):

@@ -13,7 +13,7 @@ from lazysnap.digest import Digest
 from lazysnap.errors import AlreadyExists, DigestMismatch, FormatError, Internal
 from lazysnap.overlay import Kind, Mount
 from lazysnap.registry.image import Image
-from lazysnap.snapshotter.layer_unpacker import Layer
+from lazysnap.snapshotter.interfaces import LayerBlob
 from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.standalone.engine import Engine
 
@@ -162,10 +162,10 @@ async def _unpack(
         raise FormatError(
             f"layer {blob.digest} is of type {blob.media_type}, which lazysnap cannot unpack"
         )
-    layer = Layer(image.reference, blob.digest, blob.size)
+    layer = LayerBlob(image.reference, blob.digest, blob.size)
     # The lowest layer has nothing below it, and is shown by a bind of its own directory.
     target, lower = (where.upper, where.lower) if where.upper else (where.lower[0], ())
-    answer = await engine.streams.unpack(layer, target, list(lower))
+    answer = await engine.unpacker.unpack(layer, target, lower)
     if answer.diff_id != diff_id:
         raise DigestMismatch(
             f"layer {blob.digest} unpacks to {answer.diff_id}, the image's configuration says"

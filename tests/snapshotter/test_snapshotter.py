@@ -29,8 +29,7 @@ from lazysnap.oci import chain_id
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.interfaces import Attached, Lower, RemoteLayers
-from lazysnap.snapshotter.layer_unpacker import Layer, Streams
+from lazysnap.snapshotter.interfaces import Attached, LayerBlob, Lower, RemoteLayers, Unpacker
 from lazysnap.store.records import Attachment, Usage
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.process import Answer
@@ -43,14 +42,14 @@ async def running(
     root: Path,
     remote: RemoteLayers | None = None,
     settings: Settings | None = None,
-    streams: Streams | None = None,
+    unpacker: Unpacker | None = None,
 ) -> AsyncIterator[Snapshotter]:
     root.mkdir(exist_ok=True)
     store = SnapshotStore(str(root / "metadata.db"))
     try:
         async with trio.open_nursery() as nursery:
             snapshotter = Snapshotter(
-                str(root), store, remote=remote, settings=settings, streams=streams
+                str(root), store, remote=remote, settings=settings, unpacker=unpacker
             )
             await snapshotter.start(nursery)
             yield snapshotter
@@ -394,16 +393,16 @@ async def prepare_lazily(
 
 
 class Unpacking:
-    """Streams of layers that are empty; notes what is visible of the layers below each."""
+    """Unpacks layers that are empty; notes what is visible of the layers below each."""
 
     def __init__(self) -> None:
         self.below: list[list[str]] = []
 
-    async def find(self, labels: Mapping[str, str]) -> Layer:
-        return Layer(Reference.parse("registry.test/image:1"), Digest.of(b"upper"), 1)
+    async def find(self, labels: Mapping[str, str]) -> LayerBlob:
+        return LayerBlob(Reference.parse("registry.test/image:1"), Digest.of(b"upper"), 1)
 
     async def unpack(
-        self, layer: Layer, target: str, lowers: Sequence[str], *, alone: bool = False
+        self, layer: LayerBlob, target: str, lowers: Sequence[str], *, alone: bool = False
     ) -> Answer:
         await trio.lowlevel.checkpoint()
         self.below = [sorted(os.listdir(lower)) for lower in lowers]
@@ -418,8 +417,8 @@ async def test_a_layer_is_unpacked_on_what_is_visible(root: Path, layer: Directo
     """It takes over from those below what it leaves out."""
     layer.late = True
     below = Digest.of(b"below")
-    streams = Unpacking()
-    async with running(root, layer, streams=cast(Streams, streams)) as snapshotter:
+    unpacker = Unpacking()
+    async with running(root, layer, unpacker=cast(Unpacker, unpacker)) as snapshotter:
         digest = "containerd.io/snapshot/cri.layer-digest"
         with pytest.raises(AlreadyExists):
             await snapshotter.prepare("one", "", {SNAPSHOT_REF: str(below), digest: "sha256:a"})
@@ -430,14 +429,14 @@ async def test_a_layer_is_unpacked_on_what_is_visible(root: Path, layer: Directo
         above = str(chain_id(below, Digest.parse(_DIFF_ID)))
         with pytest.raises(AlreadyExists):
             await snapshotter.prepare("two", name, {SNAPSHOT_REF: above, digest: "sha256:b"})
-        assert streams.below == [["file"]]
+        assert unpacker.below == [["file"]]
         layer.unhealthy = {1}
-        streams.below = []
+        unpacker.below = []
         with pytest.raises(Unavailable):
             await snapshotter.prepare(
                 "three", name, {SNAPSHOT_REF: above + "0", digest: "sha256:c"}
             )
-        assert streams.below == []
+        assert unpacker.below == []
 
 
 @pytest.mark.root

@@ -12,7 +12,7 @@ import io
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from lazysnap.errors import AlreadyExists, Internal
 from lazysnap.labels import SNAPSHOT_REF
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
-from lazysnap.snapshotter.layer_unpacker import Layer, Streams
+from lazysnap.snapshotter.interfaces import LayerBlob
+from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
@@ -46,22 +47,22 @@ def _layer(number: int) -> bytes:
     return pack([*entries, file("large", os.urandom(2 * MIB))])
 
 
-class _Local(Streams):
+class _Local(LayerUnpacker):
     """Layers from memory instead of a registry; the label's value tells which."""
 
     def __init__(self) -> None:
         self._appliers = Appliers(1)
         self.tars: dict[str, bytes] = {}
 
-    async def find(self, labels: Mapping[str, str]) -> Layer:
+    async def find(self, labels: Mapping[str, str]) -> LayerBlob:
         tar = self.tars[labels[SNAPSHOT_REF]]
-        return Layer(Reference.parse("localhost/x:y"), digest(tar), len(tar))
+        return LayerBlob(Reference.parse("localhost/x:y"), digest(tar), len(tar))
 
     async def unpack(
-        self, layer: Layer, target: str, lowers: list[str], *, alone: bool = False
+        self, layer: LayerBlob, target: str, lowers: Sequence[str], *, alone: bool = False
     ) -> Answer:
         (tar,) = (tar for tar in self.tars.values() if digest(tar) == layer.digest)
-        job = Job(target=target, size=len(tar), digest=str(layer.digest), lowers=lowers)
+        job = Job(target=target, size=len(tar), digest=str(layer.digest), lowers=list(lowers))
 
         async def once() -> AsyncIterator[bytes]:
             yield tar
@@ -73,15 +74,15 @@ class _Local(Streams):
 async def _running(root: Path, *, sync: bool) -> AsyncIterator[tuple[Snapshotter, _Local]]:
     root.mkdir(exist_ok=True)
     store = SnapshotStore(str(root / "metadata.db"))
-    streams = _Local()
+    unpacker = _Local()
     try:
         snapshotter = Snapshotter(
-            str(root), store, settings=Settings(sync_on_commit=sync), streams=streams
+            str(root), store, settings=Settings(sync_on_commit=sync), unpacker=unpacker
         )
         async with trio.open_nursery() as nursery:
             await snapshotter.start(nursery)
             try:
-                yield snapshotter, streams
+                yield snapshotter, unpacker
             finally:
                 await snapshotter.aclose()
                 nursery.cancel_scope.cancel()
@@ -100,14 +101,14 @@ async def _commit(snapshotter: Snapshotter, name: str, parent: str, tar: bytes) 
 
 
 async def _direct(
-    snapshotter: Snapshotter, streams: _Local, chain: str, parent: str, tar: bytes
+    snapshotter: Snapshotter, unpacker: _Local, chain: str, parent: str, tar: bytes
 ) -> tuple[str, str]:
     """As the daemon does it by itself; returns the new chain id and parent."""
     diff_id = str(digest(tar))
     chain = (
         f"sha256:{hashlib.sha256(f'{chain} {diff_id}'.encode()).hexdigest()}" if chain else diff_id
     )
-    streams.tars[chain] = tar
+    unpacker.tars[chain] = tar
     with pytest.raises(AlreadyExists):
         await snapshotter.prepare(f"key {chain}", parent, {SNAPSHOT_REF: chain})
     found, _ = await snapshotter.list()
@@ -174,14 +175,14 @@ def _disk(tmp_path: Path) -> Iterator[_Disk]:
 @pytest.mark.parametrize("way", ["commit", "direct"])
 async def test_what_is_committed_survives_a_power_cut(way: str, tmp_path: Path) -> None:
     with _disk(tmp_path) as disk:
-        async with _running(disk.inner / "root", sync=True) as (snapshotter, streams):
+        async with _running(disk.inner / "root", sync=True) as (snapshotter, unpacker):
             chain = parent = ""
             for number in range(4):
                 tar = _layer(number)
                 if way == "commit":
                     parent = await _commit(snapshotter, f"layer {number}", parent, tar)
                 else:
-                    chain, parent = await _direct(snapshotter, streams, chain, parent, tar)
+                    chain, parent = await _direct(snapshotter, unpacker, chain, parent, tar)
                 disk.cut()
                 assert disk.lost(tmp_path / f"cut{number}") == []
 
@@ -189,7 +190,7 @@ async def test_what_is_committed_survives_a_power_cut(way: str, tmp_path: Path) 
 @pytest.mark.parametrize("way", ["commit", "direct"])
 async def test_without_the_sync_files_are_lost(way: str, tmp_path: Path) -> None:
     with _disk(tmp_path) as disk:
-        async with _running(disk.inner / "root", sync=False) as (snapshotter, streams):
+        async with _running(disk.inner / "root", sync=False) as (snapshotter, unpacker):
             chain = parent = ""
             # The kernel may write by itself what was not synced, but not each time.
             for number in range(_TRIES):
@@ -197,7 +198,7 @@ async def test_without_the_sync_files_are_lost(way: str, tmp_path: Path) -> None
                 if way == "commit":
                     parent = await _commit(snapshotter, f"layer {number}", parent, tar)
                 else:
-                    chain, parent = await _direct(snapshotter, streams, chain, parent, tar)
+                    chain, parent = await _direct(snapshotter, unpacker, chain, parent, tar)
                 disk.cut()
                 if disk.lost(tmp_path / f"cut{number}"):
                     return
@@ -213,14 +214,14 @@ async def test_a_failed_sync_fails_the_commit(
     def fail(path: str) -> None:
         raise Internal(f"cannot write the file system of {path} to disk", reason="sync-failed")
 
-    async with _running(tmp_path / "root", sync=True) as (snapshotter, streams):
+    async with _running(tmp_path / "root", sync=True) as (snapshotter, unpacker):
         monkeypatch.setattr(mounts, "sync_filesystem", fail)
         with pytest.raises(Internal) as caught:
             await _commit(snapshotter, "layer", "", tar)
         assert caught.value.reason == "sync-failed"
         assert (await snapshotter.stat("active layer")).kind is Kind.ACTIVE
         # one that the daemon unpacks itself becomes an ordinary one, for the client to fill
-        streams.tars[str(digest(tar))] = tar
+        unpacker.tars[str(digest(tar))] = tar
         await snapshotter.prepare("direct", "", {SNAPSHOT_REF: str(digest(tar))})
         assert (await snapshotter.stat("direct")).kind is Kind.ACTIVE
         monkeypatch.setattr(mounts, "sync_filesystem", real)
