@@ -17,6 +17,7 @@ from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError
 from lazysnap.filesystem.fetch_ahead import EarlyFetch
 from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import Learner
@@ -29,7 +30,6 @@ from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore

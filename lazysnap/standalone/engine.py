@@ -18,6 +18,7 @@ from lazysnap import mounts
 from lazysnap.cache import Cache
 from lazysnap.filesystem.kernel_tree_mounts import Showing
 from lazysnap.filesystem.layer_mounts import Unbound
+from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import Learner
@@ -28,7 +29,6 @@ from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
 from lazysnap.snapshotter.interfaces import Unpacker
-from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor

@@ -21,11 +21,11 @@ import trio
 
 from lazysnap import mounts
 from lazysnap.errors import AlreadyExists, Internal
+from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.labels import SNAPSHOT_REF
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.interfaces import LayerBlob
-from lazysnap.snapshotter.layer_unpacker import LayerUnpacker
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
