@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, NotLazy
 from lazysnap.formats import gzip, stargz, zstd, zstdchunked
-from lazysnap.formats.location import MAX_TOC_SIZE, TOC_DIGEST_ANNOTATION, TocLocation
+from lazysnap.formats.location import CONVERT_HINT, MAX_TOC_SIZE, TOC_DIGEST_ANNOTATION, TocLocation
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -52,7 +52,7 @@ def identify(
     if location is None:
         raise NotLazy(
             f"the layer ({media_type or 'of unknown media type'}) has no table of contents",
-            hint="convert the image with `lazysnap convert`",
+            hint=CONVERT_HINT,
             reason="no-toc",
         )
     return location

@@ -19,6 +19,12 @@ MAX_TOC_SIZE = 150 << 20
 
 TOC_DIGEST_ANNOTATION = "containerd.io/snapshot/stargz/toc.digest"
 
+CONVERT_HINT = (
+    "convert the image with `nerdctl image convert --estargz --oci` or"
+    " `ctr-remote images convert --estargz --oci`"
+)
+"""What users can do about a layer that would be lazy in another form."""
+
 
 @dataclass(frozen=True, slots=True)
 class TocLocation:

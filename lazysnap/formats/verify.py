@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from lazysnap.digest import Digest
 from lazysnap.errors import NotLazy
 from lazysnap.formats.identify import compressed_toc, extract_toc
-from lazysnap.formats.location import TocLocation
+from lazysnap.formats.location import CONVERT_HINT, TocLocation
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -65,7 +65,7 @@ def verify_toc(
     if not promised and location.frame_digest is None:
         raise NotLazy(
             "the manifest has no digest of the layer's table of contents",
-            hint="convert the image with `lazysnap convert`, or allow unverified layers",
+            hint=f"{CONVERT_HINT}; or allow layers that cannot be verified",
             reason="unverified-toc",
         )
     if location.frame_digest is not None:

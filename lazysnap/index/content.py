@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from lazysnap.errors import FormatError, NotLazy
-from lazysnap.formats.location import TocLocation
+from lazysnap.formats.location import CONVERT_HINT, TocLocation
 from lazysnap.formats.toc import Entry
 from lazysnap.index.layout import NO_MEMBER
 from lazysnap.index.model import MAX_CHUNK_SIZE, MAX_MEMBER_SIZE, NO_KEY
@@ -208,14 +208,14 @@ class Contents:
             raise NotLazy(
                 f"{_named(entry)} has a chunk of {size} bytes at {inner} of its member, which is"
                 " too much to decode at once",
-                hint="convert the image with `lazysnap convert`",
+                hint=CONVERT_HINT,
                 reason="chunk-too-large",
             )
         digest = fallback or parse_digest(entry.chunk_digest)
         if not digest and self._verified:
             raise NotLazy(
                 f"{_named(entry)} has a chunk without a digest",
-                hint="convert the image with `lazysnap convert`",
+                hint=CONVERT_HINT,
                 reason="unverified-chunks",
             )
         return Piece(at, size, offset, inner, digest)
