@@ -15,13 +15,13 @@ from lazysnap import channel, log, monitor, mounts, service, tracing, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError
-from lazysnap.filesystem.fetch_ahead import EarlyFetch
-from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.fetch_ahead import FetchAhead
+from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
 from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
-from lazysnap.filesystem.shard_filesystem import ShardLayers
+from lazysnap.filesystem.profile_learner import ProfileLearner
+from lazysnap.filesystem.shard_filesystem import ShardFilesystem
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.pull.daemon_server import Delegated
@@ -75,7 +75,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    write_settings(root, _told(config))
+    write_settings(root, _settings_for_shards(config))
     cache = Cache(os.path.join(root, "cache"))
     supervisor = Supervisor(
         root,
@@ -89,33 +89,35 @@ async def _serve(
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)
-            showing = Showing(cache, supervisor, kernel_trees=config.lazy.kernel_trees)
+            layer_mounts = KernelTreeMounts(
+                cache, supervisor, kernel_trees=config.lazy.kernel_trees
+            )
             opener = Opener(
                 cache.index,
                 registry,
                 builders,
                 allow_unverified=config.lazy.allow_unverified,
-                trees=cache.trees if showing.composing else "",
+                trees=cache.trees if layer_mounts.serves_trees else "",
             )
             finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
-            learner = Learner(
+            learner = ProfileLearner(
                 root,
                 supervisor,
                 enabled=config.fetch.learn_profiles,
                 seconds=config.fetch.learn_seconds,
             )
-            early = EarlyFetch(supervisor, finder, learner, nursery)
+            fetch_ahead = FetchAhead(supervisor, finder, learner, nursery)
             # Else a layer may need a shard of its own.
-            opened = early.opened if showing.any_shard else None
+            opened = fetch_ahead.opened if layer_mounts.any_shard else None
             ahead = OpenAhead(registry, opener, finder, nursery, opened)
-            layers = ShardLayers(
+            filesystem = ShardFilesystem(
                 root,
                 supervisor,
                 opener,
                 nursery,
                 learner,
                 finder,
-                showing,
+                layer_mounts,
                 ahead,
                 mounts.overlay_facts().opaque_xattr,
             )
@@ -123,7 +125,7 @@ async def _serve(
                 root,
                 store,
                 settings=Settings(sync_on_commit=config.snapshots.sync_on_commit),
-                remote=layers if config.lazy.enabled else None,
+                filesystem=filesystem if config.lazy.enabled else None,
                 unpacker=_unpacker(config, registry),
             )
             await snapshotter.start(nursery)
@@ -139,7 +141,7 @@ async def _serve(
             await nursery.start(service.serve, snapshotter, config.address)
             nursery.start_soon(watchdog.run, snapshotter.answers)
             _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
-            task_status.started(Reload(config, root, registry, supervisor, _told))
+            task_status.started(Reload(config, root, registry, supervisor, _settings_for_shards))
             try:
                 await trio.sleep_forever()
             finally:
@@ -152,8 +154,8 @@ async def _serve(
         store.close()
 
 
-def _told(config: Config) -> ShardSettings:
-    """What shards are told."""
+def _settings_for_shards(config: Config) -> ShardSettings:
+    """What workers of shards read of the configuration."""
     return shard_settings(config, config.shard_count())
 
 

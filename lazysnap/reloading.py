@@ -36,7 +36,7 @@ class Reload:
         root: where workers find their settings.
         registry: the daemon's client.
         supervisor: of the shards.
-        told: makes of a configuration what shards are told.
+        settings_for_shards: makes of a configuration the settings that workers of shards read.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Reload:
         root: str,
         registry: Registry,
         supervisor: Supervisor,
-        told: Callable[[Config], ShardSettings],
+        settings_for_shards: Callable[[Config], ShardSettings],
     ) -> None:
         self._config = config
         self._root = root
         self._registry = registry
         self._supervisor = supervisor
-        self._told = told
+        self._settings_for_shards = settings_for_shards
 
     async def take_up(self, new: Config) -> None:
         """Put a configuration in force.
@@ -68,7 +68,7 @@ class Reload:
                 _log.warning("this change takes a restart", key=key.path, **values)
         self._config = config = configuration.reloaded(self._config, new)
         log.setup(config.log_level, config.log_format)
-        write_settings(self._root, self._told(config))
+        write_settings(self._root, self._settings_for_shards(config))
         self._registry.apply(registry_settings(config))
         answers = await self._supervisor.call_all("reload", timeout=_RELOAD_SECONDS)
         for shard in (number for number, answer in answers.items() if answer is None):

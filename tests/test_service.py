@@ -19,7 +19,7 @@ from lazysnap.containerd._pb import snapshots_pb2_grpc as pb_grpc
 from lazysnap.errors import ConfigError
 from lazysnap.service import serve
 from lazysnap.snapshotter import Snapshotter
-from lazysnap.snapshotter.interfaces import Attached, RemoteLayers
+from lazysnap.snapshotter.interfaces import Attached, Filesystem
 from lazysnap.store.records import Attachment
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -27,14 +27,14 @@ SIXTEEN_MIB = 16 << 20
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path, remote: RemoteLayers | None = None) -> AsyncIterator[str]:
+async def serving(tmp_path: Path, filesystem: Filesystem | None = None) -> AsyncIterator[str]:
     """A service with its snapshotter; the path of its socket."""
     root = tmp_path / "root"
     root.mkdir(exist_ok=True)
     address = str(tmp_path / "run/s.sock")
     store = SnapshotStore(str(root / "metadata.db"))
     try:
-        snapshotter = Snapshotter(str(root), store, remote=remote)
+        snapshotter = Snapshotter(str(root), store, filesystem=filesystem)
         async with trio.open_nursery() as nursery:
             await snapshotter.start(nursery)
             async with trio.open_nursery() as calls:
@@ -281,7 +281,7 @@ class Slow:
     async def restore(self, attached: Sequence[Attached]) -> None:
         pass
 
-    async def prepare(
+    async def mount(
         self,
         slot: int,
         labels: Mapping[str, str],
@@ -297,7 +297,7 @@ class Slow:
     async def check(self, chain: Sequence[Attached]) -> None:
         pass
 
-    async def release(self, attached: Attached) -> None:
+    async def unmount(self, attached: Attached) -> None:
         pass
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import trio
 
 from lazysnap import log
-from lazysnap.filesystem.kernel_tree_mounts import Showing
-from lazysnap.filesystem.layer_mounts import Unshown
+from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
+from lazysnap.filesystem.layer_mounts import NoMounts
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
@@ -33,18 +33,20 @@ class _Hidden:
     done: trio.Event = field(default_factory=trio.Event)
 
 
-class Revealing:
+class DeferredMounts:
     """Layers that become visible later.
 
     Args:
         opener: of the layers.
-        showing: makes them visible.
+        layer_mounts: makes them visible.
         nursery: where that is waited for.
     """
 
-    def __init__(self, opener: Opener, showing: Showing | Unshown, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, opener: Opener, layer_mounts: KernelTreeMounts | NoMounts, nursery: trio.Nursery
+    ) -> None:
         self._opener = opener
-        self._showing = showing
+        self._layer_mounts = layer_mounts
         self._nursery = nursery
         self._hidden: dict[int, _Hidden] = {}
 
@@ -59,10 +61,10 @@ class Revealing:
         Raises:
             Internal: the kernel refused.
         """
-        if not self._showing.may_be_late:
+        if not self._layer_mounts.may_be_late:
             await self._opener.finished(opened)
         if self._opener.is_finished(opened):
-            await trio.to_thread.run_sync(self._showing.show, record, mountpoint)
+            await trio.to_thread.run_sync(self._layer_mounts.show, record, mountpoint)
         else:
             self._hidden[record.slot] = _Hidden(opened)
 
@@ -77,7 +79,7 @@ class Revealing:
         try:
             with hidden.scope:
                 await self._opener.finished(hidden.opened)
-                await trio.to_thread.run_sync(self._showing.restore, [attached])
+                await trio.to_thread.run_sync(self._layer_mounts.restore, [attached])
         except Exception:  # a defect must not end the daemon; the next check finds what is missing
             _log.exception("layer not mounted", slot=attached.attachment.slot)
         finally:

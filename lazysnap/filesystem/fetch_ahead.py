@@ -14,7 +14,7 @@ import trio
 from lazysnap import log
 from lazysnap.errors import LazysnapError
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.expecting import EXPECTED_SECONDS
@@ -24,7 +24,7 @@ _log = log.get(__name__)
 _CALL_SECONDS = 10.0
 
 
-class EarlyFetch:
+class FetchAhead:
     """Tells shards of layers that will soon be mounted.
 
     Args:
@@ -38,7 +38,7 @@ class EarlyFetch:
         self,
         supervisor: Supervisor,
         finder: ProfileFinder,
-        learner: Learner,
+        learner: ProfileLearner,
         nursery: trio.Nursery,
     ) -> None:
         self._supervisor = supervisor

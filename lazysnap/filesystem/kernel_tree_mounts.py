@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes lazy layers visible at the mount points of their snapshots.
 
-Where the kernel can (see `composing`), a mount point shows the layer's tree from an EROFS image. What
+Where the kernel can (see `kernel_trees`), a mount point shows the layer's tree from an EROFS image. What
 containers get is a read-only overlay of an image's layers, `merged/<slot>` of the uppermost lazy one, in
 which overlay finds the bytes of files by their digests: first among the cached objects, without asking
 anybody, then in the second view of the shards. All containers of an image share it.
@@ -35,7 +35,7 @@ from lazysnap.supervisor import Supervisor
 _log = log.get(__name__)
 
 
-class Showing:
+class KernelTreeMounts:
     """The mounts of lazy layers.
 
     Args:
@@ -57,10 +57,10 @@ class Showing:
         with contextlib.suppress(LazysnapError, OSError):  # the next start tries again
             clean(cache.root)
         problem = why_not(cache.root) if kernel_trees else "it is switched off"
-        self.composing = not problem
+        self.serves_trees = not problem
         self._merged_root = os.path.join(supervisor.root, "merged")
         self._lock = threading.Lock()
-        if self.composing:
+        if self.serves_trees:
             serve_xattrs_everywhere(supervisor.root)
             cache.recover_after_boot()
         if kernel_trees and problem:
@@ -69,7 +69,7 @@ class Showing:
     @property
     def any_shard(self) -> bool:
         """Whether a layer with extended attributes may be on whichever shard."""
-        return self.composing
+        return self.serves_trees
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         """Make a layer visible.
@@ -81,7 +81,7 @@ class Showing:
         Raises:
             Internal: the kernel refused.
         """
-        if self.composing:
+        if self.serves_trees:
             try:
                 mount_tree(self._tree(record), mountpoint)
                 return
@@ -118,12 +118,12 @@ class Showing:
         self, there: MountPoint, attachment: Attachment, points: dict[str, MountPoint]
     ) -> bool:
         if there.fstype == "erofs":
-            return self.composing
+            return self.serves_trees
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
         return shard is not None and shard.device == there.device
 
-    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
-        """The directories that overlay is to have; see `RemoteLayers`.
+    def lowerdirs(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
+        """The directories that overlay is to have; see `Filesystem`.
 
         Args:
             layers: as there.
@@ -131,7 +131,7 @@ class Showing:
                 reading from there; so in another stage another mount is used, in which it finds objects.
         """
         directories = [layer.directory for layer in layers]
-        if not self.composing:
+        if not self.serves_trees:
             return directories
         first = next(i for i, layer in enumerate(layers) if layer.attachment is not None)
         try:

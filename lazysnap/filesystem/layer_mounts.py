@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place of `Showing`, for layers that are not mounted one by one."""
+"""In place of `KernelTreeMounts`, for layers that are not mounted one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.supervisor import Supervisor
 
 
-class Unshown:
+class NoMounts:
     """Mounts nothing.
 
     Whoever uses layers finds them on their shard by name (see `lazysnap.shard.store_view`) and puts them
@@ -21,9 +21,9 @@ class Unshown:
         root: lazysnap's root directory; all its shards serve extended attributes from now on.
 
     Attributes:
-        any_shard: as in `Showing`.
-        knows_below: as in `Showing`.
-        may_be_late: as in `Showing`; here others use the images of trees as soon as a layer is there.
+        any_shard: as in `KernelTreeMounts`.
+        knows_below: as in `KernelTreeMounts`.
+        may_be_late: as in `KernelTreeMounts`; others use the images of trees as soon as a layer is there.
     """
 
     any_shard = True
@@ -40,7 +40,7 @@ class Unshown:
         """Nothing, of which none fails."""
         return 0
 
-    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
+    def lowerdirs(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
         """The directories as they are, which is for nobody to see."""
         return [layer.directory for layer in layers]
 
@@ -51,7 +51,7 @@ class Unshown:
         """Nothing."""
 
 
-class Unbound(Unshown):
+class ShardDirectories(NoMounts):
     """For who may mount nothing but FUSE: overlay gets the directories of shards.
 
     Args:
@@ -64,8 +64,8 @@ class Unbound(Unshown):
         super().__init__(supervisor.root)
         self._supervisor = supervisor
 
-    def lower(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
-        """The directories that overlay is to have; see `RemoteLayers`."""
+    def lowerdirs(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
+        """The directories that overlay is to have; see `Filesystem`."""
         return [
             layer.directory
             if layer.attachment is None

@@ -26,7 +26,7 @@ _CALL_SECONDS = 10.0
 _JUST_TOLD_SECONDS = 60.0
 
 
-class Learner:
+class ProfileLearner:
     """Learns and applies profiles.
 
     Args:

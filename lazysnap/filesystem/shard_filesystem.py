@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lazy layers on shards: what `RemoteLayers` asks for, done with the opener and the supervisor.
+"""Lazy layers on shards: what `Filesystem` asks for, done with the opener and the supervisor.
 
 The order of things makes a crash harmless: an index is complete before a slot names it, a slot's record
 is on disk before its directory can be looked up, and the bind mount comes last. What a crash leaves is
@@ -20,12 +20,12 @@ import trio
 from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, LazysnapError, NotLazy, Unavailable
-from lazysnap.filesystem.deferred_mounts import Revealing
-from lazysnap.filesystem.kernel_tree_mounts import Showing, record_of
-from lazysnap.filesystem.layer_mounts import Unshown
+from lazysnap.filesystem.deferred_mounts import DeferredMounts
+from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts, record_of
+from lazysnap.filesystem.layer_mounts import NoMounts
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.labels import parse_remote_request
 from lazysnap.layers.inherited import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
 from lazysnap.layers.opener import LayerSource, Opener
@@ -60,7 +60,7 @@ class _Merged(NamedTuple):
     xattrs: bool
 
 
-class ShardLayers:
+class ShardFilesystem:
     """Mounts layers lazily, on the shards of a root.
 
     Args:
@@ -70,8 +70,8 @@ class ShardLayers:
         nursery: where starts of containers are watched.
         learner: of start-up profiles.
         finder: of profiles in the registry.
-        showing: makes layers visible.
-        ahead: opens the other layers of an image.
+        layer_mounts: makes layers visible.
+        open_ahead: opens the other layers of an image.
         opaque_xattr: how overlay on this node marks opaque directories.
     """
 
@@ -81,10 +81,10 @@ class ShardLayers:
         supervisor: Supervisor,
         opener: Opener,
         nursery: trio.Nursery,
-        learner: Learner,
+        learner: ProfileLearner,
         finder: ProfileFinder,
-        showing: Showing | Unshown,
-        ahead: OpenAhead,
+        layer_mounts: KernelTreeMounts | NoMounts,
+        open_ahead: OpenAhead,
         opaque_xattr: bytes = b"trusted.overlay.opaque",
     ) -> None:
         self._root = root
@@ -93,22 +93,22 @@ class ShardLayers:
         self._nursery = nursery
         self._learner = learner
         self._finder = finder
-        self._showing = showing
-        self._revealing = Revealing(opener, showing, nursery)
-        self._ahead = ahead
+        self._layer_mounts = layer_mounts
+        self._deferred_mounts = DeferredMounts(opener, layer_mounts, nursery)
+        self._open_ahead = open_ahead
         self._opaque_xattr = opaque_xattr
         self._warned: dict[int, float] = {}
         self._local: set[int] = set()  # slots of which the cache had everything when last asked
 
-    async def prepare(
+    async def mount(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
     ) -> Attachment:
-        """Attach a layer; see `RemoteLayers`."""
+        """Attach a layer; see `Filesystem`."""
         request = parse_remote_request(labels)
         if request is None:
             raise NotLazy("the labels name no layer", reason="no-image-labels")
         reference = Reference.parse(request.reference)
-        self._ahead.above(request, reference)
+        self._open_ahead.above(request, reference)
         source = LayerSource(
             reference,
             request.layer_digest,
@@ -122,7 +122,7 @@ class ShardLayers:
         if request.manifest_digest is not None:
             await self._finder.settled(request.manifest_digest)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
-        special = merged.xattrs and not self._showing.any_shard
+        special = merged.xattrs and not self._layer_mounts.any_shard
         shard = self._supervisor.choose(request.layer_digest, xattrs=special)
         if special:
             await self._supervisor.ensure(shard)
@@ -152,16 +152,16 @@ class ShardLayers:
                 reads=await self._learner.reads(record),
                 reachable=opened.fetched,
             )
-            await self._revealing.show(opened, record, mountpoint)
+            await self._deferred_mounts.show(opened, record, mountpoint)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self.release(Attached(0, mountpoint, attachment))
+                await self.unmount(Attached(0, mountpoint, attachment))
             raise
         return attachment
 
     def placed(self, attached: Attached) -> None:
-        """A layer has its place; see `RemoteLayers`."""
-        self._revealing.placed(attached)
+        """A layer has its place; see `Filesystem`."""
+        self._deferred_mounts.placed(attached)
 
     def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
         """In a thread: what the layers below mean for how this one is shown."""
@@ -169,7 +169,7 @@ class ShardLayers:
         trees = [self._tree(lower) for lower in lowers]
         try:
             inherited = inherit(index, trees)
-            opaque = not self._showing.knows_below or hides_something(index, trees)
+            opaque = not self._layer_mounts.knows_below or hides_something(index, trees)
         except OSError as error:
             raise Internal(f"a lower layer cannot be read: {error}") from error
         xattrs = opaque or index.has_xattrs or any(entry.xattrs for entry in inherited)
@@ -185,8 +185,8 @@ class ShardLayers:
         return os.path.join(self._root, "cache", "index", name)
 
     async def check(self, chain: Sequence[Attached]) -> None:
-        """See that layers can serve reads; see `RemoteLayers`."""
-        await self._revealing.settled(attached.attachment.slot for attached in chain)
+        """See that layers can serve reads; see `Filesystem`."""
+        await self._deferred_mounts.settled(attached.attachment.slot for attached in chain)
         errors: list[LazysnapError] = []
         health: dict[int, Mapping[str, str]] = {}
 
@@ -222,7 +222,7 @@ class ShardLayers:
                 await self._restore_index(attached)
             await self._supervisor.call(shard, "detach", slots=slots, reload=True)
             health = await self._health(shard, slots)
-        if await trio.to_thread.run_sync(self._showing.restore, chain):
+        if await trio.to_thread.run_sync(self._layer_mounts.restore, chain):
             raise Unavailable(
                 "a lazy layer cannot be mounted",
                 hint="the log of the service says why",
@@ -261,16 +261,18 @@ class ShardLayers:
                 self._warned[slot] = now
                 _log.warning("what is not local of a layer cannot be read", layer=layer, why=detail)
 
-    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
-        """The directories that overlay is to have; see `RemoteLayers`."""
+    async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
+        """The directories that overlay is to have; see `Filesystem`."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
         stage = "local" if all(each.slot in self._local for each in lazy) else ""
         if not stage:
             stage = "watched" if self._learner.watched(map(record_of, lazy)) else ""
-        return await trio.to_thread.run_sync(partial(self._showing.lower, layers, stage=stage))
+        return await trio.to_thread.run_sync(
+            partial(self._layer_mounts.lowerdirs, layers, stage=stage)
+        )
 
     def starting(self, chain: Sequence[Attached]) -> None:
-        """A container is about to start; see `RemoteLayers`."""
+        """A container is about to start; see `Filesystem`."""
         try:
             records = [record_of(each.attachment) for each in chain]
         except LazysnapError as error:
@@ -280,7 +282,7 @@ class ShardLayers:
         self._nursery.start_soon(self._learner.started, records)
 
     async def restore(self, attached: Sequence[Attached]) -> None:
-        """Bring back what was mounted before a restart; see `RemoteLayers`."""
+        """Bring back what was mounted before a restart; see `Filesystem`."""
         for each in attached:
             self._supervisor.note(each.attachment.shard, each.attachment.layer_digest)
         known = {each.attachment.slot for each in attached}
@@ -288,11 +290,11 @@ class ShardLayers:
         for slot in stale:
             with contextlib.suppress(LazysnapError):
                 remove_slot(self._root, slot)
-        await trio.to_thread.run_sync(self._showing.clean, known)
+        await trio.to_thread.run_sync(self._layer_mounts.clean, known)
         await trio.to_thread.run_sync(self._restore_records, attached)
         shards = {each.attachment.shard for each in attached}
         await self._supervisor.start(shards)
-        failed = await trio.to_thread.run_sync(self._showing.restore, attached)
+        failed = await trio.to_thread.run_sync(self._layer_mounts.restore, attached)
         for shard in shards:
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(shard, "detach", slots=stale)
@@ -337,15 +339,15 @@ class ShardLayers:
         except LazysnapError as error:
             _log.error("index not restored", slot=attached.attachment.slot, error=error)
 
-    async def release(self, attached: Attached) -> None:
-        """Unmount and forget a layer; see `RemoteLayers`."""
+    async def unmount(self, attached: Attached) -> None:
+        """Unmount and forget a layer; see `Filesystem`."""
         slot = attached.attachment.slot
         self._warned.pop(slot, None)
         self._local.discard(slot)
         self._supervisor.note_gone(attached.attachment.shard, attached.attachment.layer_digest)
-        await self._revealing.drop(slot)
+        await self._deferred_mounts.drop(slot)
         try:
-            await trio.to_thread.run_sync(self._showing.hide, slot, attached.mountpoint)
+            await trio.to_thread.run_sync(self._layer_mounts.hide, slot, attached.mountpoint)
         finally:
             remove_slot(self._root, slot)
             with contextlib.suppress(LazysnapError):

@@ -16,11 +16,11 @@ from lazysnap import channel, log, monitor, mounts, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import Internal, LazysnapError
-from lazysnap.filesystem.layer_mounts import Unshown
+from lazysnap.filesystem.layer_mounts import NoMounts
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
-from lazysnap.filesystem.shard_filesystem import ShardLayers
+from lazysnap.filesystem.profile_learner import ProfileLearner
+from lazysnap.filesystem.shard_filesystem import ShardFilesystem
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
@@ -80,7 +80,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    write_settings(root, _told(config))
+    write_settings(root, _settings_for_shards(config))
     supervisor = Supervisor(
         root,
         _SHARDS,
@@ -104,9 +104,9 @@ async def _serve(
                 allow_unverified=config.lazy.allow_unverified,
                 trees=cache.trees if trees.possible else "",
             )
-            layers = _layers(config, root, supervisor, registry, opener, nursery)
+            filesystem = _filesystem(config, root, supervisor, registry, opener, nursery)
             snapshotter = Snapshotter(
-                root, store, settings=Settings(sync_on_commit=False), remote=layers
+                root, store, settings=Settings(sync_on_commit=False), filesystem=filesystem
             )
             await snapshotter.start(nursery)
             nursery.start_soon(supervisor.watch)
@@ -118,7 +118,7 @@ async def _serve(
             await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
             _log.info("ready", store=os.path.join(root, _LINK), version=lazysnap.__version__)
             nursery.start_soon(watchdog.run, snapshotter.answers)
-            task_status.started(Reload(config, root, registry, supervisor, _told))
+            task_status.started(Reload(config, root, registry, supervisor, _settings_for_shards))
             try:
                 await trio.sleep_forever()
             finally:
@@ -131,28 +131,28 @@ async def _serve(
         store.close()
 
 
-def _told(config: Config) -> ShardSettings:
-    """What the shard is told."""
+def _settings_for_shards(config: Config) -> ShardSettings:
+    """What the worker of the shard reads of the configuration."""
     return msgspec.structs.replace(shard_settings(config, _SHARDS), named=True)
 
 
-def _layers(
+def _filesystem(
     config: Config,
     root: str,
     supervisor: Supervisor,
     registry: Registry,
     opener: Opener,
     nursery: trio.Nursery,
-) -> ShardLayers:
+) -> ShardFilesystem:
     finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
-    return ShardLayers(
+    return ShardFilesystem(
         root,
         supervisor,
         opener,
         nursery,
-        Learner(root, supervisor, enabled=False, seconds=0),
+        ProfileLearner(root, supervisor, enabled=False, seconds=0),
         finder,
-        Unshown(root),
+        NoMounts(root),
         OpenAhead(registry, opener, finder, nursery),
         mounts.overlay_facts().opaque_xattr,
     )

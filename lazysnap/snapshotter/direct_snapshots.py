@@ -24,7 +24,7 @@ from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.interfaces import LayerBlob, Unpacker
-from lazysnap.snapshotter.locks import KeyLocks, Turn
+from lazysnap.snapshotter.locks import DatabaseThread, KeyLocks
 from lazysnap.snapshotter.unpack_ahead import Image, UnpackAhead
 from lazysnap.store.records import Lineage
 from lazysnap.store.snapshots import SnapshotStore
@@ -36,14 +36,14 @@ _REGISTRY_FAILS = frozenset(
 """Why a layer is not lazy, when asking the registry again would only take time."""
 
 
-class DirectLayers:
+class DirectSnapshots:
     """The snapshots of one root that the daemon fills itself.
 
     Args:
         directories: of the root.
         store: its database.
-        in_turn: runs what uses the database.
-        house: collects directories that come to nothing.
+        db_thread: runs what uses the database.
+        housekeeping: collects directories that come to nothing.
         unpacker: downloads and unpacks layers.
         sync: wait until the disk has a layer before its snapshot is made.
     """
@@ -52,20 +52,20 @@ class DirectLayers:
         self,
         directories: Directories,
         store: SnapshotStore,
-        in_turn: Turn,
-        house: Housekeeping,
+        db_thread: DatabaseThread,
+        housekeeping: Housekeeping,
         unpacker: Unpacker,
         *,
         sync: bool,
     ) -> None:
         self._dirs = directories
         self._store = store
-        self._in_turn = in_turn
-        self._house = house
+        self._db_thread = db_thread
+        self._housekeeping = housekeeping
         self._unpacker = unpacker
         self._sync = sync
         self._names = KeyLocks()
-        self._ahead = UnpackAhead(directories, house, unpacker)
+        self._ahead = UnpackAhead(directories, housekeeping, unpacker)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Unpack layers also before they are asked for, from now on.
@@ -112,7 +112,7 @@ class DirectLayers:
             return
         async with self._names.hold(name):
             try:
-                found = await self._in_turn(self._store.lineage, name)
+                found = await self._db_thread.run(self._store.lineage, name)
             except NotFound:
                 labels = {**labels, REASON: reason}
                 await self._make(name, parent, below, labels, chain, image)
@@ -138,7 +138,7 @@ class DirectLayers:
         self._ahead.begin(image, labels)
         numbers = () if below is None else (below.snapshot.id, *below.ancestors)
         parent_id = numbers[0] if numbers else None
-        with self._house.building() as directory:
+        with self._housekeeping.building() as directory:
 
             def build() -> str:
                 return self._dirs.build(directory, work=False, parent_id=parent_id)
@@ -156,11 +156,11 @@ class DirectLayers:
                     await trio.to_thread.run_sync(mounts.sync_filesystem, target)
                 usage = await trio.to_thread.run_sync(directory_tree.measure, target)
             except LazysnapError as error:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
                 _log.warning("a layer is left to containerd", name=name, error=error)
                 return
             except Exception:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
                 _log.exception("unpacking a layer failed")
                 return
 
@@ -170,7 +170,7 @@ class DirectLayers:
                 ) as number:
                     self._dirs.place(directory, number)
 
-            await self._in_turn(place)
+            await self._db_thread.run(place)
         if answer.ignored_xattrs:
             _log.warning(
                 "xattrs of a layer were left out", layer=layer.digest, xattrs=answer.examples

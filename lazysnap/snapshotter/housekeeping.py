@@ -16,7 +16,7 @@ from lazysnap import log
 from lazysnap.errors import LazysnapError
 from lazysnap.snapshotter import directory_tree
 from lazysnap.snapshotter.directories import Directories, garbage
-from lazysnap.snapshotter.locks import Turn
+from lazysnap.snapshotter.locks import DatabaseThread
 from lazysnap.store.records import Usage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -47,14 +47,14 @@ class Measurement:
         self._taken = self._usage is not None
         return self._usage
 
-    async def run(self, house: Housekeeping, snapshot_id: int) -> None:
+    async def run(self, housekeeping: Housekeeping, snapshot_id: int) -> None:
         """Count, and store what was not taken."""
         with self._scope:
-            self._usage = await house.count(snapshot_id)
+            self._usage = await housekeeping.count(snapshot_id)
             self._counted.set()
             await self._committed.wait()
             if not self._taken:
-                await house.store_usage(snapshot_id, self._usage)
+                await housekeeping.store_usage(snapshot_id, self._usage)
 
     def end(self, *, committed: bool) -> None:
         """Say whether the snapshot is in the database now."""
@@ -70,13 +70,15 @@ class Housekeeping:
     Args:
         directories: of the root.
         store: its database.
-        in_turn: runs what uses the database.
+        db_thread: runs what uses the database.
     """
 
-    def __init__(self, directories: Directories, store: SnapshotStore, in_turn: Turn) -> None:
+    def __init__(
+        self, directories: Directories, store: SnapshotStore, db_thread: DatabaseThread
+    ) -> None:
         self._dirs = directories
         self._store = store
-        self._in_turn = in_turn
+        self._db_thread = db_thread
         # directories that are being built and have no number yet
         self._building: set[str] = set()
         self._garbage_expected = trio.Event()
@@ -87,7 +89,7 @@ class Housekeeping:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until `aclose`."""
-        unmeasured = await self._in_turn(self._store.unmeasured)
+        unmeasured = await self._db_thread.run(self._store.unmeasured)
         self.expect_garbage()
         try:
             with self._scope:
@@ -130,7 +132,7 @@ class Housekeeping:
     async def collect(self) -> None:
         """Delete all directories that belong to no snapshot, as far as possible."""
         async with self._collecting:
-            for name in await self._in_turn(self._find_garbage):
+            for name in await self._db_thread.run(self._find_garbage):
                 if name in self._building:
                     continue
                 try:
@@ -188,7 +190,7 @@ class Housekeeping:
         if usage is None:
             return
         try:
-            await self._in_turn(self._store.set_usage, snapshot_id, usage)
+            await self._db_thread.run(self._store.set_usage, snapshot_id, usage)
         except LazysnapError as error:
             _log.warning("cannot store what a snapshot takes", snapshot=snapshot_id, error=error)
 

@@ -47,7 +47,7 @@ class Lower:
     attachment: Attachment | None
 
 
-class RemoteLayers(Protocol):
+class Filesystem(Protocol):
     """Mounts layers lazily."""
 
     async def restore(self, attached: Sequence[Attached]) -> None:
@@ -60,7 +60,7 @@ class RemoteLayers(Protocol):
             attached: all lazy snapshots.
         """
 
-    async def prepare(
+    async def mount(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
     ) -> Attachment:
         """Attach a layer, and make it visible if that can be done at once; else see `placed`.
@@ -82,7 +82,7 @@ class RemoteLayers(Protocol):
         """
 
     def placed(self, attached: Attached) -> None:
-        """A layer that was prepared has its place: it is to become visible there, if it is not yet.
+        """A layer that `mount` attached has its place: it is to become visible there, if it is not yet.
 
         `check` waits for it.
         """
@@ -97,7 +97,7 @@ class RemoteLayers(Protocol):
             Unavailable: one cannot serve.
         """
 
-    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+    async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
         """The directories that overlay is to have for layers.
 
         Args:
@@ -117,7 +117,7 @@ class RemoteLayers(Protocol):
             chain: as for `check`, which has passed.
         """
 
-    async def release(self, attached: Attached) -> None:
+    async def unmount(self, attached: Attached) -> None:
         """Unmount and forget a layer; must not fail when it is not mounted or attached."""
 
 

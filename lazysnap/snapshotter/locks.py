@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may work when: locks by key, and turns for what only one thread may use at a time."""
+"""Decides who may work when: locks by key, and one thread at a time for the database."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ class KeyLocks:
                 del self._locks[key]
 
 
-class Turn:
-    """Runs functions in threads, one at a time, in the order of the calls."""
+class DatabaseThread:
+    """Runs the functions that use the database: one at a time, in the order of the calls.
+
+    SQLite's connection may change threads, but must not be used by two at once.
+    """
 
     def __init__(self) -> None:
         self._limiter = trio.CapacityLimiter(1)
 
-    async def __call__(self, function: Callable[[Unpack[Arguments]], T], *args: *Arguments) -> T:
-        """Run a function in its turn; once it has begun, it is not interrupted."""
+    async def run(self, function: Callable[[Unpack[Arguments]], T], *args: *Arguments) -> T:
+        """Run a function when its turn comes; once it has begun, it is not interrupted."""
         return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)

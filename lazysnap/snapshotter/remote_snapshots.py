@@ -20,8 +20,8 @@ from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.interfaces import Attached, Lower, RemoteLayers
-from lazysnap.snapshotter.locks import KeyLocks, Turn
+from lazysnap.snapshotter.interfaces import Attached, Filesystem, Lower
+from lazysnap.snapshotter.locks import DatabaseThread, KeyLocks
 from lazysnap.store.records import Attachment, Lineage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -29,42 +29,42 @@ _log = log.get(__name__)
 _REMOTE_VALUE = "remote snapshot"
 
 
-class LazySnapshots:
+class RemoteSnapshots:
     """The lazy snapshots of one root.
 
     Args:
         directories: of the root.
         store: its database.
-        in_turn: runs what uses the database.
-        house: collects directories that come to nothing.
-        remote: mounts layers; None if lazy mounting is switched off.
+        db_thread: runs what uses the database.
+        housekeeping: collects directories that come to nothing.
+        filesystem: mounts layers; None if lazy mounting is switched off.
     """
 
     def __init__(
         self,
         directories: Directories,
         store: SnapshotStore,
-        in_turn: Turn,
-        house: Housekeeping,
-        remote: RemoteLayers | None,
+        db_thread: DatabaseThread,
+        housekeeping: Housekeeping,
+        filesystem: Filesystem | None,
     ) -> None:
         self._dirs = directories
         self._store = store
-        self._in_turn = in_turn
-        self._house = house
-        self._remote = remote
+        self._db_thread = db_thread
+        self._housekeeping = housekeeping
+        self._filesystem = filesystem
         self._names = KeyLocks()
 
     @property
     def enabled(self) -> bool:
         """Whether layers can be mounted lazily at all."""
-        return self._remote is not None
+        return self._filesystem is not None
 
     async def restore(self) -> None:
         """Bring back what was mounted before a restart."""
-        if self._remote is not None:
-            attachments = await self._in_turn(self._store.attachments)
-            await self._remote.restore(self._attached(attachments))
+        if self._filesystem is not None:
+            attachments = await self._db_thread.run(self._store.attachments)
+            await self._filesystem.restore(self._attached(attachments))
 
     async def prepare(self, parent: str, below: Lineage | None, labels: Mapping[str, str]) -> str:
         """Try to make a committed lazy snapshot.
@@ -89,7 +89,7 @@ class LazySnapshots:
         name = f"{ref}@{parent_id or 0}"
         async with self._names.hold(name):
             try:
-                found = await self._in_turn(self._store.lineage, name)
+                found = await self._db_thread.run(self._store.lineage, name)
             except NotFound:
                 return await self._make(name, (parent, parent_id), labels, self._lowers(below))
             snapshot = found.snapshot
@@ -125,9 +125,9 @@ class LazySnapshots:
         labels: Mapping[str, str],
         lowers: Sequence[Lower],
     ) -> str:
-        assert self._remote is not None
-        slot = await self._in_turn(self._store.next_slot)
-        with self._house.building() as directory:
+        assert self._filesystem is not None
+        slot = await self._db_thread.run(self._store.next_slot)
+        with self._housekeeping.building() as directory:
 
             def build() -> str:
                 # "/" of a lazy layer has the owner that the layer says
@@ -136,14 +136,14 @@ class LazySnapshots:
             mountpoint = await trio.to_thread.run_sync(build)
             try:
                 began = trio.current_time()
-                attachment = await self._remote.prepare(slot, labels, mountpoint, lowers)
+                attachment = await self._filesystem.mount(slot, labels, mountpoint, lowers)
                 counts.observe(families.MOUNT_SECONDS, "", trio.current_time() - began)
             except LazysnapError as error:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
                 _log.info("a layer cannot be mounted lazily", name=name, error=error)
                 return error.reason
             except Exception:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
                 _log.exception("mounting a layer lazily failed", name=name)
                 return "internal"
 
@@ -156,9 +156,9 @@ class LazySnapshots:
                 return Attached(number, self._dirs.fs(number), attachment)
 
             try:
-                self._remote.placed(await self._in_turn(place))
+                self._filesystem.placed(await self._db_thread.run(place))
             except BaseException:
-                await self.release(0, mountpoint, attachment)
+                await self.unmount(0, mountpoint, attachment)
                 raise
         _log.info(
             "a layer is mounted lazily",
@@ -179,10 +179,10 @@ class LazySnapshots:
 
     def starting(self, lineage: Lineage) -> None:
         """A container is about to start on a snapshot whose layers were just checked."""
-        if self._remote is not None and lineage.attachments:
-            self._remote.starting(self._attached(lineage.attachments))
+        if self._filesystem is not None and lineage.attachments:
+            self._filesystem.starting(self._attached(lineage.attachments))
 
-    async def lower(
+    async def lowerdirs(
         self, ancestors: Sequence[int], attachments: Mapping[int, Attachment]
     ) -> Sequence[str]:
         """The directories that overlay is to have for ancestors of a snapshot, uppermost first.
@@ -195,20 +195,20 @@ class LazySnapshots:
             Internal: they cannot be made visible.
         """
         layers = self._layers(ancestors, attachments)
-        if self._remote is None or not any(layer.attachment for layer in layers):
+        if self._filesystem is None or not any(layer.attachment for layer in layers):
             return [layer.directory for layer in layers]
-        return await self._remote.lower(layers)
+        return await self._filesystem.lowerdirs(layers)
 
     async def _check(self, chain: Sequence[Attached]) -> None:
-        if self._remote is None:
+        if self._filesystem is None:
             raise Unavailable(
                 "a layer below is mounted lazily, and lazy mounting is switched off",
                 hint="switch it on again, or remove the image and pull it anew",
                 reason="lazy-off",
             )
-        await self._remote.check(chain)
+        await self._filesystem.check(chain)
 
-    async def release(self, number: int, mountpoint: str, attachment: Attachment) -> None:
+    async def unmount(self, number: int, mountpoint: str, attachment: Attachment) -> None:
         """Unmount and forget a layer whose snapshot is gone from the database, as far as possible.
 
         Args:
@@ -216,12 +216,12 @@ class LazySnapshots:
             mountpoint: where it is visible.
             attachment: what is served.
         """
-        if self._remote is None:
+        if self._filesystem is None:
             return
         try:
             # also when the caller was cancelled: nobody would come back to it before the next start
             with trio.CancelScope(shield=True):
-                await self._remote.release(Attached(number, mountpoint, attachment))
+                await self._filesystem.unmount(Attached(number, mountpoint, attachment))
         except LazysnapError as error:
             # the mount goes when the directory is deleted, the rest at the next start
             _log.warning("cannot release a lazy layer", slot=attachment.slot, error=error)

@@ -24,12 +24,12 @@ from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.overlay import Kind, Mount
 from lazysnap.snapshotter import directory_tree
-from lazysnap.snapshotter.direct_snapshots import DirectLayers
+from lazysnap.snapshotter.direct_snapshots import DirectSnapshots
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
-from lazysnap.snapshotter.interfaces import RemoteLayers, Unpacker
-from lazysnap.snapshotter.locks import KeyLocks, Turn
-from lazysnap.snapshotter.remote_snapshots import LazySnapshots
+from lazysnap.snapshotter.interfaces import Filesystem, Unpacker
+from lazysnap.snapshotter.locks import DatabaseThread, KeyLocks
+from lazysnap.snapshotter.remote_snapshots import RemoteSnapshots
 from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
 from lazysnap.store.snapshots import SnapshotStore
 
@@ -57,7 +57,7 @@ class Snapshotter:
         root: absolute path; made if missing.
         store: the database of this root.
         settings: what can be configured.
-        remote: mounts layers lazily; without it every snapshot is an ordinary one.
+        filesystem: mounts layers lazily; without it every snapshot is an ordinary one.
         unpacker: unpacks layers that are not lazy; without it that is left to the client.
 
     Raises:
@@ -71,7 +71,7 @@ class Snapshotter:
         store: SnapshotStore,
         *,
         settings: Settings | None = None,
-        remote: RemoteLayers | None = None,
+        filesystem: Filesystem | None = None,
         unpacker: Unpacker | None = None,
     ) -> None:
         self._dirs = Directories(root)
@@ -79,14 +79,16 @@ class Snapshotter:
         self._settings = settings or Settings()
         facts = mounts.overlay_facts()
         self._options = overlay.Options(index_off=facts.index, userxattr=facts.user_namespace)
-        self._in_turn = Turn()
-        self._house = Housekeeping(self._dirs, store, self._in_turn)
-        self._lazy = LazySnapshots(self._dirs, store, self._in_turn, self._house, remote)
+        self._db_thread = DatabaseThread()
+        self._housekeeping = Housekeeping(self._dirs, store, self._db_thread)
+        self._remote = RemoteSnapshots(
+            self._dirs, store, self._db_thread, self._housekeeping, filesystem
+        )
         self._direct = None
         if unpacker is not None:
             sync = self._settings.sync_on_commit
-            self._direct = DirectLayers(
-                self._dirs, store, self._in_turn, self._house, unpacker, sync=sync
+            self._direct = DirectSnapshots(
+                self._dirs, store, self._db_thread, self._housekeeping, unpacker, sync=sync
             )
         self._keys = KeyLocks()
 
@@ -102,17 +104,17 @@ class Snapshotter:
             Internal: the root or the database cannot be read.
         """
         names = self._dirs.names()
-        ids = await self._in_turn(self._store.ids)
+        ids = await self._db_thread.run(self._store.ids)
         for number in sorted(ids - {int(name) for name in names if name.isdecimal()}):
             _log.error("the directory of a snapshot is missing", snapshot=number)
-        await self._lazy.restore()
-        await nursery.start(self._house.run)
+        await self._remote.restore()
+        await nursery.start(self._housekeeping.run)
         if self._direct is not None:
             self._direct.start(nursery)
 
     async def aclose(self) -> None:
         """Stop background work. Snapshots and their mounts stay as they are."""
-        await self._house.aclose()
+        await self._housekeeping.aclose()
 
     # -- the operations ---------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Snapshotter:
         async with self._keys.hold(key):
             # what only we may say
             labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE, EAGER)}
-            if SNAPSHOT_REF in labels and (self._lazy.enabled or self._direct is not None):
+            if SNAPSHOT_REF in labels and (self._remote.enabled or self._direct is not None):
                 labels[REASON] = reason = await self._without_client(key, parent, labels)
                 _log.info(
                     "layer will be downloaded and unpacked",
@@ -165,12 +167,12 @@ class Snapshotter:
             FailedPrecondition: it is committed.
             Unavailable: a lazy layer among its ancestors cannot serve.
         """
-        lineage = await self._in_turn(self._store.lineage, key)
+        lineage = await self._db_thread.run(self._store.lineage, key)
         if lineage.snapshot.kind is Kind.COMMITTED:
             raise FailedPrecondition(f"snapshot {key!r} is committed and has no mounts")
-        await self._lazy.check(lineage)
+        await self._remote.check(lineage)
         found = lineage.snapshot
-        lower = await self._lazy.lower(lineage.ancestors, lineage.attachments)
+        lower = await self._remote.lowerdirs(lineage.ancestors, lineage.attachments)
         return self._mounts(found.kind, found.id, lower)
 
     async def commit(
@@ -192,8 +194,8 @@ class Snapshotter:
             Internal: its files could not be written to disk; it stays active.
         """
         async with self._keys.hold(name, key):
-            active = await self._in_turn(self._store.check_commit, name, key, parent)
-            with self._house.measuring(active.id) as measurement:
+            active = await self._db_thread.run(self._store.check_commit, name, key, parent)
+            with self._housekeeping.measuring(active.id) as measurement:
                 if self._settings.sync_on_commit:
                     await trio.to_thread.run_sync(mounts.sync_filesystem, self._dirs.fs(active.id))
                 usage = await measurement.take(self._settings.measure_seconds)
@@ -203,7 +205,7 @@ class Snapshotter:
                         name, key, labels=labels, usage=usage, parent=parent, keep=(REASON,)
                     )
 
-                await self._in_turn(commit)
+                await self._db_thread.run(commit)
 
     async def remove(self, key: str) -> None:
         """Forget a snapshot; its files are deleted in the background.
@@ -213,12 +215,12 @@ class Snapshotter:
             FailedPrecondition: it has children.
         """
         async with self._keys.hold(key):
-            number, attachment = await self._in_turn(self._store.remove, key)
+            number, attachment = await self._db_thread.run(self._store.remove, key)
             try:
                 if attachment is not None:
-                    await self._lazy.release(number, self._dirs.fs(number), attachment)
+                    await self._remote.unmount(number, self._dirs.fs(number), attachment)
             finally:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
 
     async def stat(self, key: str) -> Snapshot:
         """What is known of a snapshot.
@@ -226,7 +228,7 @@ class Snapshotter:
         Raises:
             NotFound: there is none.
         """
-        return await self._in_turn(self._store.stat, key)
+        return await self._db_thread.run(self._store.stat, key)
 
     async def answers(self) -> None:
         """Return when the database has answered something, whatever it is."""
@@ -239,7 +241,7 @@ class Snapshotter:
         Raises:
             NotFound: there is none.
         """
-        lineage = await self._in_turn(self._store.lineage, key)
+        lineage = await self._db_thread.run(self._store.lineage, key)
         return lineage.attachments.get(lineage.snapshot.id)
 
     async def update(
@@ -256,7 +258,7 @@ class Snapshotter:
             NotFound: there is none.
             InvalidArgument: a path names something that cannot be changed.
         """
-        return await self._in_turn(self._store.update, key, labels, paths)
+        return await self._db_thread.run(self._store.update, key, labels, paths)
 
     async def list(
         self, match: filters.Filter = filters.EVERYTHING, after: str | None = None
@@ -270,7 +272,7 @@ class Snapshotter:
         Returns:
             Some snapshots, perhaps none, and where to go on; None at the end.
         """
-        return await self._in_turn(self._store.page, match, after)
+        return await self._db_thread.run(self._store.page, match, after)
 
     async def usage(self, key: str) -> Usage:
         """What a snapshot takes by itself, without its parents.
@@ -291,7 +293,7 @@ class Snapshotter:
 
     async def cleanup(self) -> None:
         """Delete the directories that belong to no snapshot, and wait for it."""
-        await self._house.collect()
+        await self._housekeeping.collect()
 
     # -- making snapshots -------------------------------------------------------------------------
 
@@ -302,13 +304,13 @@ class Snapshotter:
         lower: Sequence[str] = ()
         parent_id = None
         if below is not None:
-            await self._lazy.check(below)
+            await self._remote.check(below)
             if kind is Kind.ACTIVE and SNAPSHOT_REF not in labels:
-                self._lazy.starting(below)
+                self._remote.starting(below)
             parent_id = below.snapshot.id
-            lower = await self._lazy.lower((parent_id, *below.ancestors), below.attachments)
+            lower = await self._remote.lowerdirs((parent_id, *below.ancestors), below.attachments)
 
-        with self._house.building() as directory:
+        with self._housekeeping.building() as directory:
 
             def build() -> None:
                 self._dirs.build(directory, work=kind is Kind.ACTIVE, parent_id=parent_id)
@@ -319,23 +321,23 @@ class Snapshotter:
                 return number
 
             await trio.to_thread.run_sync(build)
-            number = await self._in_turn(place)
+            number = await self._db_thread.run(place)
         return self._mounts(kind, number, lower)
 
     async def _without_client(self, key: str, parent: str, labels: dict[str, str]) -> str:
         """Try to bring a layer here without the client; returns why it is not lazy if that fails."""
         below = await self._below_new(key, parent)
         if self._direct is None:
-            return await self._lazy.prepare(parent, below, labels)
+            return await self._remote.prepare(parent, below, labels)
         labels[EAGER] = "direct"
         with self._direct.client(labels) as image:
             reason = "lazy-off"
-            if self._lazy.enabled:
-                reason = await self._lazy.prepare(parent, below, labels)
+            if self._remote.enabled:
+                reason = await self._remote.prepare(parent, below, labels)
             if below is not None:
                 # What a layer leaves out it takes over from those below, which may not be visible yet.
                 try:
-                    await self._lazy.check(below)
+                    await self._remote.check(below)
                 except LazysnapError as error:
                     return error.reason
             await self._direct.prepare(parent, below, labels, reason, image)
@@ -348,7 +350,7 @@ class Snapshotter:
             self._store.check_new(key, parent)
             return self._store.lineage(parent) if parent else None
 
-        return await self._in_turn(look)
+        return await self._db_thread.run(look)
 
     def _mounts(self, kind: Kind, number: int, lower: Sequence[str]) -> tuple[Mount, ...]:
         return overlay.mounts(self._dirs.snapshots, kind, number, lower, self._options)

@@ -81,13 +81,15 @@ class UnpackAhead:
 
     Args:
         directories: of the root.
-        house: collects directories that come to nothing.
+        housekeeping: collects directories that come to nothing.
         unpacker: downloads and unpacks layers.
     """
 
-    def __init__(self, directories: Directories, house: Housekeeping, unpacker: Unpacker) -> None:
+    def __init__(
+        self, directories: Directories, housekeeping: Housekeeping, unpacker: Unpacker
+    ) -> None:
         self._dirs = directories
-        self._house = house
+        self._housekeeping = housekeeping
         self._unpacker = unpacker
         self._limit = trio.CapacityLimiter(AT_ONCE)
         self._images: dict[str, Image] = {}
@@ -211,12 +213,12 @@ class UnpackAhead:
         """Unpack a layer, and keep it until somebody has taken it."""
         with ahead.scope:
             try:
-                with self._house.building() as directory:
+                with self._housekeeping.building() as directory:
                     await self._unpack(ahead, directory)
                     if ahead.error is None:
                         await trio.sleep_forever()
             finally:
-                self._house.expect_garbage()
+                self._housekeeping.expect_garbage()
             await trio.sleep_forever()  # with the error, so that it is not tried again
 
     async def _unpack(self, ahead: _Ahead, directory: str) -> None:

@@ -16,13 +16,13 @@ import trio
 
 from lazysnap import mounts
 from lazysnap.cache import Cache
-from lazysnap.filesystem.kernel_tree_mounts import Showing
-from lazysnap.filesystem.layer_mounts import Unbound
+from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
+from lazysnap.filesystem.layer_mounts import ShardDirectories
 from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
-from lazysnap.filesystem.shard_filesystem import ShardLayers
+from lazysnap.filesystem.profile_learner import ProfileLearner
+from lazysnap.filesystem.shard_filesystem import ShardFilesystem
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener
 from lazysnap.registry.client import Registry
@@ -101,10 +101,12 @@ async def run(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(builders.run)
         try:
-            layers = _layers(root, supervisor, cache, registry, builders, nursery, find_profiles)
+            filesystem = _filesystem(
+                root, supervisor, cache, registry, builders, nursery, find_profiles
+            )
             # Nothing here has to survive a power cut: no mount does.
             snapshotter = Snapshotter(
-                root, store, settings=Settings(sync_on_commit=False), remote=layers
+                root, store, settings=Settings(sync_on_commit=False), filesystem=filesystem
             )
             await snapshotter.start(nursery)
             try:
@@ -135,7 +137,7 @@ def _tell_shards(root: str, settings: RegistrySettings) -> bool:
     return wanted != known
 
 
-def _layers(
+def _filesystem(
     root: str,
     supervisor: Supervisor,
     cache: Cache,
@@ -143,23 +145,23 @@ def _layers(
     builders: Builders,
     nursery: trio.Nursery,
     find_profiles: bool,
-) -> ShardLayers:
-    showing: Showing | Unbound
+) -> ShardFilesystem:
+    layer_mounts: KernelTreeMounts | ShardDirectories
     if os.geteuid() == 0:
-        showing = Showing(cache, supervisor, kernel_trees=True)
-        trees = cache.trees if showing.composing else ""
+        layer_mounts = KernelTreeMounts(cache, supervisor, kernel_trees=True)
+        trees = cache.trees if layer_mounts.serves_trees else ""
     else:
-        showing, trees = Unbound(supervisor), ""
+        layer_mounts, trees = ShardDirectories(supervisor), ""
     opener = Opener(cache.index, registry, builders, trees=trees)
     finder = ProfileFinder(root, registry, enabled=find_profiles)
-    return ShardLayers(
+    return ShardFilesystem(
         root,
         supervisor,
         opener,
         nursery,
-        Learner(root, supervisor, enabled=False, seconds=0),
+        ProfileLearner(root, supervisor, enabled=False, seconds=0),
         finder,
-        showing,
+        layer_mounts,
         OpenAhead(registry, opener, finder, nursery),
         mounts.overlay_facts().opaque_xattr,
     )

@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from lazysnap.filesystem.deferred_mounts import Revealing
-from lazysnap.filesystem.kernel_tree_mounts import Showing
+from lazysnap.filesystem.deferred_mounts import DeferredMounts
+from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
@@ -63,12 +63,14 @@ class Bench:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.trees = Trees()
         self.mounts = Mounts()
-        self.revealing = Revealing(cast(Opener, self.trees), cast(Showing, self.mounts), nursery)
+        self.deferred = DeferredMounts(
+            cast(Opener, self.trees), cast(KernelTreeMounts, self.mounts), nursery
+        )
 
     async def prepared(self) -> None:
         """The image of the tree is still being made when the layer gets its place."""
-        await self.revealing.show(_OPENED, _RECORD, "/first")
-        self.revealing.placed(_PLACED)
+        await self.deferred.show(_OPENED, _RECORD, "/first")
+        self.deferred.placed(_PLACED)
         await trio.testing.wait_all_tasks_blocked()
         assert self.mounts.at == []
 
@@ -76,17 +78,17 @@ class Bench:
 async def test_a_layer_whose_tree_is_there_is_visible_at_once(nursery: trio.Nursery) -> None:
     it = Bench(nursery)
     it.trees.made.set()
-    await it.revealing.show(_OPENED, _RECORD, "/first")
+    await it.deferred.show(_OPENED, _RECORD, "/first")
     assert it.mounts.at == ["/first"]
-    it.revealing.placed(_PLACED)
-    await it.revealing.settled([1])
+    it.deferred.placed(_PLACED)
+    await it.deferred.settled([1])
     assert it.mounts.at == ["/first"]
 
 
 async def test_a_layer_that_must_not_be_late_is_waited_for(nursery: trio.Nursery) -> None:
     it = Bench(nursery)
     it.mounts.may_be_late = False
-    nursery.start_soon(it.revealing.show, _OPENED, _RECORD, "/first")
+    nursery.start_soon(it.deferred.show, _OPENED, _RECORD, "/first")
     await trio.testing.wait_all_tasks_blocked()
     assert it.mounts.at == []
     it.trees.made.set()
@@ -102,14 +104,14 @@ async def test_a_layer_becomes_visible_at_its_place_when_its_tree_is_there(
     waited = []
 
     async def use() -> None:
-        await it.revealing.settled([5, 1])
+        await it.deferred.settled([5, 1])
         waited.append(list(it.mounts.at))
 
     nursery.start_soon(use)
     await trio.testing.wait_all_tasks_blocked()
     assert waited == []
     it.trees.made.set()
-    await it.revealing.settled([1])
+    await it.deferred.settled([1])
     await trio.testing.wait_all_tasks_blocked()
     assert waited == [["/final"]]
 
@@ -119,18 +121,18 @@ async def test_what_is_dropped_meanwhile_never_becomes_visible(
     nursery: trio.Nursery, placed: bool
 ) -> None:
     it = Bench(nursery)
-    await it.revealing.show(_OPENED, _RECORD, "/first")
+    await it.deferred.show(_OPENED, _RECORD, "/first")
     if placed:
-        it.revealing.placed(_PLACED)
+        it.deferred.placed(_PLACED)
         await trio.testing.wait_all_tasks_blocked()
-    nursery.start_soon(it.revealing.settled, [1])
+    nursery.start_soon(it.deferred.settled, [1])
     await trio.testing.wait_all_tasks_blocked()
-    await it.revealing.drop(1)
+    await it.deferred.drop(1)
     it.trees.made.set()
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert it.mounts.at == []
-    await it.revealing.settled([1])
-    await it.revealing.drop(1)
+    await it.deferred.settled([1])
+    await it.deferred.drop(1)
 
 
 async def test_who_drops_a_layer_that_is_being_mounted_waits_for_it(nursery: trio.Nursery) -> None:
@@ -142,7 +144,7 @@ async def test_who_drops_a_layer_that_is_being_mounted_waits_for_it(nursery: tri
     dropped = trio.Event()
 
     async def drop() -> None:
-        await it.revealing.drop(1)
+        await it.deferred.drop(1)
         assert it.mounts.at == ["/final"]  # for the caller to unmount
         dropped.set()
 
@@ -161,5 +163,5 @@ async def test_a_defect_ends_nothing(
     it.mounts.fails = True
     await it.prepared()
     it.trees.made.set()
-    await it.revealing.settled([1])
+    await it.deferred.settled([1])
     assert "layer not mounted" in caplog.text

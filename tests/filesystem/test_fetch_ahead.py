@@ -12,9 +12,9 @@ import trio.testing
 
 from lazysnap.digest import Digest
 from lazysnap.errors import Unavailable
-from lazysnap.filesystem.fetch_ahead import EarlyFetch
+from lazysnap.filesystem.fetch_ahead import FetchAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
 from lazysnap.prefetch.profile import Read, from_reads
 from lazysnap.prefetch.profile_store import ProfileStore
@@ -51,13 +51,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
 class Bench:
     def __init__(self, root: Path, registry: Registry, nursery: trio.Nursery) -> None:
         self.shards = Shards(root)
-        self.learner = Learner(str(root), self.shards, enabled=False, seconds=0)
+        self.learner = ProfileLearner(str(root), self.shards, enabled=False, seconds=0)
         finder = ProfileFinder(str(root), registry, enabled=False)
-        self.early = EarlyFetch(self.shards, finder, self.learner, nursery)
+        self.ahead = FetchAhead(self.shards, finder, self.learner, nursery)
 
     async def opened(self, layer: Digest, manifest: Digest | None = _MANIFEST) -> None:
         source = LayerSource(_REFERENCE, layer, manifest=manifest)
-        self.early.opened(source, OpenedLayer("index-of-" + layer.hex[:4], 100))
+        self.ahead.opened(source, OpenedLayer("index-of-" + layer.hex[:4], 100))
         await trio.sleep(0.1)
 
 

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from lazysnap.errors import FailedPrecondition, Unavailable
-from lazysnap.filesystem.profile_learner import Learner
+from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.prefetch.profile import Profile, Read
 from lazysnap.prefetch.profile_store import ProfileStore
@@ -65,8 +65,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return patient_clock(monkeypatch)
 
 
-def _learner(tmp_path: Path, shards: Shards, *, enabled: bool = True) -> Learner:
-    return Learner(str(tmp_path), cast(Supervisor, shards), enabled=enabled, seconds=30)
+def _learner(tmp_path: Path, shards: Shards, *, enabled: bool = True) -> ProfileLearner:
+    return ProfileLearner(str(tmp_path), cast(Supervisor, shards), enabled=enabled, seconds=30)
 
 
 def _found(tmp_path: Path) -> Profile | None:

@@ -50,7 +50,7 @@ class Bound:
             if mounts.mounted_at(each.mountpoint) is None:
                 mounts.bind(self.source, each.mountpoint)
 
-    async def prepare(
+    async def mount(
         self,
         slot: int,
         labels: Mapping[str, str],
@@ -67,7 +67,7 @@ class Bound:
         if attached.attachment.slot in self.hidden:
             mounts.bind(self.source, attached.mountpoint)
 
-    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+    async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
         return [layer.directory for layer in layers]
 
     def starting(self, chain: Sequence[Attached]) -> None:
@@ -77,7 +77,7 @@ class Bound:
         for each in chain:
             assert mounts.mounted_at(each.mountpoint) is not None, each
 
-    async def release(self, attached: Attached) -> None:
+    async def unmount(self, attached: Attached) -> None:
         mounts.unmount(attached.mountpoint)
 
 
@@ -139,7 +139,7 @@ def operate(root: Path, tracer: Tracer, note: Callable[[State], object] | None =
     async def run() -> None:
         store = SnapshotStore(str(root / "metadata.db"))
         async with trio.open_nursery() as nursery:
-            snapshotter = Snapshotter(str(root), store, remote=Bound(root.parent / "layer"))
+            snapshotter = Snapshotter(str(root), store, filesystem=Bound(root.parent / "layer"))
             await snapshotter.start(nursery)
             for number, operation in enumerate(OPERATIONS):
                 if note:
@@ -163,7 +163,7 @@ def recover(root: Path, allowed: Sequence[State]) -> None:
     async def run() -> None:
         store = SnapshotStore(str(root / "metadata.db"))
         async with trio.open_nursery() as nursery:
-            snapshotter = Snapshotter(str(root), store, remote=Bound(root.parent / "layer"))
+            snapshotter = Snapshotter(str(root), store, filesystem=Bound(root.parent / "layer"))
             await snapshotter.start(nursery)
             await snapshotter.cleanup()
             found = state(root)

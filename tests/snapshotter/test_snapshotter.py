@@ -29,7 +29,7 @@ from lazysnap.oci import chain_id
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.interfaces import Attached, LayerBlob, Lower, RemoteLayers, Unpacker
+from lazysnap.snapshotter.interfaces import Attached, Filesystem, LayerBlob, Lower, Unpacker
 from lazysnap.store.records import Attachment, Usage
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.process import Answer
@@ -40,7 +40,7 @@ REF = {SNAPSHOT_REF: "sha256:ref", "containerd.io/snapshot/cri.layer-digest": "s
 @asynccontextmanager
 async def running(
     root: Path,
-    remote: RemoteLayers | None = None,
+    filesystem: Filesystem | None = None,
     settings: Settings | None = None,
     unpacker: Unpacker | None = None,
 ) -> AsyncIterator[Snapshotter]:
@@ -49,7 +49,7 @@ async def running(
     try:
         async with trio.open_nursery() as nursery:
             snapshotter = Snapshotter(
-                str(root), store, remote=remote, settings=settings, unpacker=unpacker
+                str(root), store, filesystem=filesystem, settings=settings, unpacker=unpacker
             )
             await snapshotter.start(nursery)
             yield snapshotter
@@ -324,7 +324,7 @@ class Directory:
     async def restore(self, attached: Sequence[Attached]) -> None:
         self.restored = list(attached)
 
-    async def prepare(
+    async def mount(
         self,
         slot: int,
         labels: Mapping[str, str],
@@ -342,7 +342,7 @@ class Directory:
     def placed(self, attached: Attached) -> None:
         self.places.append(attached.mountpoint)
 
-    async def lower(self, layers: Sequence[Lower]) -> Sequence[str]:
+    async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
         return [layer.directory for layer in layers]
 
     def starting(self, chain: Sequence[Attached]) -> None:
@@ -357,7 +357,7 @@ class Directory:
             if each.attachment.slot in self.unhealthy:
                 raise Unavailable(f"slot {each.attachment.slot} cannot serve", reason="dead")
 
-    async def release(self, attached: Attached) -> None:
+    async def unmount(self, attached: Attached) -> None:
         self.released.append(attached)
         mounts.unmount(attached.mountpoint)
 
@@ -563,15 +563,15 @@ async def test_a_parent_that_goes_away_meanwhile(root: Path, layer: Directory) -
     async with running(root, layer) as snapshotter:
         await snapshotter.prepare("key")
         await snapshotter.commit("base", "key")
-        original = layer.prepare
+        original = layer.mount
 
-        async def prepare(
+        async def mount(
             slot: int, labels: Mapping[str, str], mountpoint: str, *lowers: Sequence[object]
         ) -> Attachment:
             await snapshotter.remove("base")
             return await original(slot, labels, mountpoint, *lowers)
 
-        layer.prepare = prepare  # type: ignore[method-assign]  # a race, made certain
+        layer.mount = mount  # type: ignore[method-assign]  # a race, made certain
         with pytest.raises(NotFound):
             await snapshotter.prepare("new", "base", REF)
         assert len(layer.released) == 1

@@ -39,7 +39,7 @@ async def test_a_layer_is_found_while_the_snapshotter_uses_its_database(tmp_path
                 found.append(await committed(snapshotter, chain_id, parent))
 
         async with trio.open_nursery() as both:
-            both.start_soon(snapshotter._in_turn, change)
+            both.start_soon(snapshotter._db_thread.run, change)
             assert await trio.to_thread.run_sync(begun.wait, _SECONDS)
             both.start_soon(look)
             try:
