@@ -107,8 +107,8 @@ async def _serve(
                 seconds=config.fetch.learn_seconds,
             )
             fetch_ahead = FetchAhead(supervisor, finder, learner, nursery)
-            # Else a layer may need a shard of its own.
-            opened = fetch_ahead.opened if layer_mounts.any_shard else None
+            # Without kernel trees, a layer with xattrs goes to another shard, which is only known later.
+            opened = fetch_ahead.opened if layer_mounts.capabilities.any_shard else None
             ahead = OpenAhead(registry, opener, finder, nursery, opened)
             filesystem = ShardFilesystem(
                 root,

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lazysnap import log
-from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
-from lazysnap.filesystem.layer_mounts import NoMounts
+from lazysnap.filesystem.layer_mounts import LayerMounts
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
@@ -42,9 +41,7 @@ class DeferredMounts:
         nursery: where that is waited for.
     """
 
-    def __init__(
-        self, opener: Opener, layer_mounts: KernelTreeMounts | NoMounts, nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, opener: Opener, layer_mounts: LayerMounts, nursery: trio.Nursery) -> None:
         self._opener = opener
         self._layer_mounts = layer_mounts
         self._nursery = nursery
@@ -61,7 +58,7 @@ class DeferredMounts:
         Raises:
             Internal: the kernel refused.
         """
-        if not self._layer_mounts.may_be_late:
+        if not self._layer_mounts.capabilities.may_be_late:
             await self._opener.finished(opened)
         if self._opener.is_finished(opened):
             await trio.to_thread.run_sync(self._layer_mounts.show, record, mountpoint)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes lazy layers visible at the mount points of their snapshots.
+"""Mounts lazy layers: their trees from EROFS images that the kernel serves, or the directories of shards.
 
-Where the kernel can (see `kernel_trees`), a mount point shows the layer's tree from an EROFS image. What
-containers get is a read-only overlay of an image's layers, `merged/<slot>` of the uppermost lazy one, in
-which overlay finds the bytes of files by their digests: first among the cached objects, without asking
-anybody, then in the second view of the shards. All containers of an image share it.
+Where the kernel can (see `kernel_trees`), a mount point shows the layer's tree from an EROFS image.
+Containers get a read-only overlay of an image's layers, `merged/<slot>` of the uppermost lazy one. In it
+overlay finds the bytes of files by their digests: first among the cached objects, without asking any
+process, then in the second view of the shards. All containers of an image share this overlay.
 
-Otherwise the shard's own directory of a layer is bound at its mount point, which shows everything. Both
-kinds can be mixed in one image, and a layer can change from one to the other at a restart. All functions
-block.
+Otherwise the shard's directory of a layer is bound at its mount point, which shows everything. Both kinds
+can be mixed in one image, and a layer can change from one to the other at a restart. All functions block.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import os
 import threading
 from collections.abc import Container, Sequence
 
-import msgspec
-
 from lazysnap import log, mounts
 from lazysnap.cache import Cache
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.filesystem.kernel_trees import clean, merge_trees, mount_tree, why_not
+from lazysnap.filesystem.layer_mounts import Capabilities, record_of
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import ensure_tree
 from lazysnap.mounts import MountPoint
@@ -36,7 +34,7 @@ _log = log.get(__name__)
 
 
 class KernelTreeMounts:
-    """The mounts of lazy layers.
+    """The mounts of lazy layers; see `LayerMounts`.
 
     Args:
         cache: of the root.
@@ -44,12 +42,8 @@ class KernelTreeMounts:
         kernel_trees: have the kernel serve trees if it can.
 
     Attributes:
-        knows_below: the snapshots below a layer are what will be below it in each overlay.
-        may_be_late: a layer may be shown when its snapshot is in use already by name, but not by mounts.
+        serves_trees: whether the kernel serves trees, so that images of them are needed.
     """
-
-    knows_below = True
-    may_be_late = True
 
     def __init__(self, cache: Cache, supervisor: Supervisor, *, kernel_trees: bool) -> None:
         self._cache = cache
@@ -67,20 +61,12 @@ class KernelTreeMounts:
             _log.info("the kernel cannot serve trees, shards do", why=problem)
 
     @property
-    def any_shard(self) -> bool:
-        """Whether a layer with extended attributes may be on whichever shard."""
-        return self.serves_trees
+    def capabilities(self) -> Capabilities:
+        """What this allows; see `LayerMounts`."""
+        return Capabilities(any_shard=self.serves_trees, knows_below=True, may_be_late=True)
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
-        """Make a layer visible.
-
-        Args:
-            record: of its slot, which is attached.
-            mountpoint: an existing directory.
-
-        Raises:
-            Internal: the kernel refused.
-        """
+        """Make a layer visible; see `LayerMounts`."""
         if self.serves_trees:
             try:
                 mount_tree(self._tree(record), mountpoint)
@@ -94,41 +80,34 @@ class KernelTreeMounts:
         return ensure_tree(self._cache, record.index, record.inherited)
 
     def restore(self, attached: Sequence[Attached]) -> int:
-        """Show each layer that is not visible, or visible through a mount that is gone.
-
-        Returns:
-            How many cannot be shown; the log says why.
-        """
+        """Make each layer visible that is not; see `LayerMounts`."""
         failed = 0
         points = {point.path: point for point in mounts.mount_points()}
-        for each in attached:
-            there = points.get(each.mountpoint)
-            if there is not None and self._serves(there, each.attachment, points):
+        for layer in attached:
+            point = points.get(layer.mountpoint)
+            if point is not None and self._serves(point, layer.attachment, points):
                 continue
             try:
-                if there is not None:
-                    mounts.unmount(each.mountpoint)
-                self.show(record_of(each.attachment), each.mountpoint)
+                if point is not None:
+                    mounts.unmount(layer.mountpoint)
+                self.show(record_of(layer.attachment), layer.mountpoint)
             except LazysnapError as error:
-                _log.error("layer not mounted", slot=each.attachment.slot, error=error)
+                _log.error("layer not mounted", slot=layer.attachment.slot, error=error)
                 failed += 1
         return failed
 
     def _serves(
-        self, there: MountPoint, attachment: Attachment, points: dict[str, MountPoint]
+        self, point: MountPoint, attachment: Attachment, points: dict[str, MountPoint]
     ) -> bool:
-        if there.fstype == "erofs":
+        if point.fstype == "erofs":
             return self.serves_trees
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
-        return shard is not None and shard.device == there.device
+        return shard is not None and shard.device == point.device
 
     def lowerdirs(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
-        """The directories that overlay is to have; see `Filesystem`.
+        """The directories that overlay is to have; see `LayerMounts`.
 
-        Args:
-            layers: as there.
-            stage: of the image's life on this node. What overlay once found on a shard it goes on
-                reading from there; so in another stage another mount is used, in which it finds objects.
+        Another stage makes another mount, in which overlay finds objects that it read from shards before.
         """
         directories = [layer.directory for layer in layers]
         if not self.serves_trees:
@@ -142,7 +121,7 @@ class KernelTreeMounts:
             return [self._whole(layer) for layer in layers]
 
     def _merged(self, layers: Sequence[Lower], stage: str) -> str:
-        """A directory that shows the uppermost layer, which is lazy, on all below it."""
+        """A directory that shows the uppermost layer, which is lazy, on top of all below it."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
         top = lazy[0].slot
         points = mounts.mount_points()
@@ -152,9 +131,9 @@ class KernelTreeMounts:
         source = "+".join(["lazysnap", *(devices.get(shard, "none") for shard in shards)])
         source += f"+{stage}" * bool(stage)
         target = os.path.join(self._merged_root, str(top))
-        there = mounts.mounted_at(target, points)
-        if there is not None:
-            if there.source == source:
+        present = mounts.mounted_at(target, points)
+        if present is not None:
+            if present.source == source:
                 return target
             mounts.unmount(target)
         try:
@@ -177,20 +156,12 @@ class KernelTreeMounts:
         )
 
     def hide(self, slot: int, mountpoint: str) -> None:
-        """Undo `show`, and what `lower` made with this layer on top.
-
-        Raises:
-            Internal: the kernel refused.
-        """
+        """Undo `show` and `lowerdirs`; see `LayerMounts`."""
         self._discard(slot)
         mounts.unmount(mountpoint)
 
     def clean(self, slots: Container[int]) -> None:
-        """Remove what `lower` made for slots that are no more.
-
-        Args:
-            slots: those that are.
-        """
+        """Remove what `lowerdirs` made for slots that are gone; see `LayerMounts`."""
         try:
             found = [int(name) for name in os.listdir(self._merged_root) if name.isdigit()]
         except FileNotFoundError:
@@ -207,15 +178,3 @@ class KernelTreeMounts:
         mounts.unmount(target)
         with contextlib.suppress(OSError):
             os.rmdir(target)
-
-
-def record_of(attachment: Attachment) -> SlotRecord:
-    """The record of an attachment's slot.
-
-    Raises:
-        Internal: it is damaged.
-    """
-    try:
-        return msgspec.msgpack.decode(attachment.record, type=SlotRecord)
-    except msgspec.MsgspecError as error:
-        raise Internal(f"the record of slot {attachment.slot} is damaged: {error}") from error

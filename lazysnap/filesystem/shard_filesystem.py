@@ -21,8 +21,7 @@ from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, LazysnapError, NotLazy, Unavailable
 from lazysnap.filesystem.deferred_mounts import DeferredMounts
-from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts, record_of
-from lazysnap.filesystem.layer_mounts import NoMounts
+from lazysnap.filesystem.layer_mounts import LayerMounts, record_of
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
@@ -83,7 +82,7 @@ class ShardFilesystem:
         nursery: trio.Nursery,
         learner: ProfileLearner,
         finder: ProfileFinder,
-        layer_mounts: KernelTreeMounts | NoMounts,
+        layer_mounts: LayerMounts,
         open_ahead: OpenAhead,
         opaque_xattr: bytes = b"trusted.overlay.opaque",
     ) -> None:
@@ -122,7 +121,7 @@ class ShardFilesystem:
         if request.manifest_digest is not None:
             await self._finder.settled(request.manifest_digest)
         merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
-        special = merged.xattrs and not self._layer_mounts.any_shard
+        special = merged.xattrs and not self._layer_mounts.capabilities.any_shard
         shard = self._supervisor.choose(request.layer_digest, xattrs=special)
         if special:
             await self._supervisor.ensure(shard)
@@ -169,7 +168,9 @@ class ShardFilesystem:
         trees = [self._tree(lower) for lower in lowers]
         try:
             inherited = inherit(index, trees)
-            opaque = not self._layer_mounts.knows_below or hides_something(index, trees)
+            opaque = not self._layer_mounts.capabilities.knows_below or hides_something(
+                index, trees
+            )
         except OSError as error:
             raise Internal(f"a lower layer cannot be read: {error}") from error
         xattrs = opaque or index.has_xattrs or any(entry.xattrs for entry in inherited)

@@ -17,7 +17,7 @@ import trio
 from lazysnap import mounts
 from lazysnap.cache import Cache
 from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
-from lazysnap.filesystem.layer_mounts import ShardDirectories
+from lazysnap.filesystem.layer_mounts import LayerMounts, ShardDirectories
 from lazysnap.filesystem.layer_unpacker import LayerUnpacker
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
@@ -146,10 +146,10 @@ def _filesystem(
     nursery: trio.Nursery,
     find_profiles: bool,
 ) -> ShardFilesystem:
-    layer_mounts: KernelTreeMounts | ShardDirectories
+    layer_mounts: LayerMounts
     if os.geteuid() == 0:
-        layer_mounts = KernelTreeMounts(cache, supervisor, kernel_trees=True)
-        trees = cache.trees if layer_mounts.serves_trees else ""
+        layer_mounts = kernel = KernelTreeMounts(cache, supervisor, kernel_trees=True)
+        trees = cache.trees if kernel.serves_trees else ""
     else:
         layer_mounts, trees = ShardDirectories(supervisor), ""
     opener = Opener(cache.index, registry, builders, trees=trees)

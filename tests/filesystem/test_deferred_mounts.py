@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from lazysnap.filesystem.deferred_mounts import DeferredMounts
-from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
+from lazysnap.filesystem.layer_mounts import Capabilities, LayerMounts
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
@@ -48,6 +48,10 @@ class Mounts:
         self.goes_on = threading.Event()
         self.goes_on.set()
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(any_shard=True, knows_below=True, may_be_late=self.may_be_late)
+
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         self.at.append(mountpoint)
 
@@ -64,7 +68,7 @@ class Bench:
         self.trees = Trees()
         self.mounts = Mounts()
         self.deferred = DeferredMounts(
-            cast(Opener, self.trees), cast(KernelTreeMounts, self.mounts), nursery
+            cast(Opener, self.trees), cast(LayerMounts, self.mounts), nursery
         )
 
     async def prepared(self) -> None:
