@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from lazysnap import places
+from lazysnap import paths
 from lazysnap.errors import ConfigError
 
 DEFAULT_PATH = "/etc/lazysnap/config.toml"
@@ -192,10 +192,12 @@ class CacheSection(_Section, frozen=True):
 class Config(_Section, frozen=True):
     """The whole file."""
 
-    root: Annotated[str, Meta(min_length=1, description="directory of all state")] = places.ROOT
+    root: Annotated[str, Meta(min_length=1, description="directory of all state")] = (
+        paths.DEFAULT_ROOT
+    )
     address: Annotated[
         str, Meta(min_length=1, description="socket that containerd connects to")
-    ] = places.ADDRESS
+    ] = paths.DEFAULT_ADDRESS
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(extra=_RELOAD, description="debug, info, warning or error"),

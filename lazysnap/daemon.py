@@ -24,6 +24,7 @@ from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.filesystem.shard_filesystem import ShardFilesystem
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener, may_be_lazy
+from lazysnap.paths import Root
 from lazysnap.pull.daemon_server import Delegated
 from lazysnap.registry.client import Registry
 from lazysnap.reloading import Reload, run_until_stopped
@@ -76,7 +77,7 @@ async def _serve(
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     write_settings(root, _settings_for_shards(config))
-    cache = Cache(os.path.join(root, "cache"))
+    cache = Cache(Root(root).cache.path)
     supervisor = Supervisor(
         root,
         config.shard_count(),
@@ -84,7 +85,7 @@ async def _serve(
         read_ahead_kib=config.shards.read_ahead_kib,
         slice_name=shard_slice,
     )
-    store = SnapshotStore(os.path.join(root, "metadata.db"))
+    store = SnapshotStore(Root(root).database)
     builders = Builders(os.cpu_count() or 1, kept=1)
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
@@ -136,7 +137,7 @@ async def _serve(
                 await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             if config.lazy.enabled:
                 telling = {"pull": Delegated(registry, ahead).pull}
-                path = os.path.join(root, "daemon.sock")
+                path = Root(root).daemon_socket
                 await nursery.start(partial(channel.serve, path, {}, telling=telling))
             await nursery.start(service.serve, snapshotter, config.address)
             nursery.start_soon(watchdog.run, snapshotter.answers)
@@ -172,8 +173,8 @@ def _unpacker(config: Config, registry: Registry) -> LayerUnpacker | None:
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:
     try:
-        for directory in ("merged", "snapshots"):
-            await trio.to_thread.run_sync(mounts.unmount_below, os.path.join(root, directory))
+        for directory in (Root(root).merged, Root(root).snapshots):
+            await trio.to_thread.run_sync(mounts.unmount_below, directory)
     except LazysnapError as error:
         _log.error("a snapshot stays mounted", error=error)
     await supervisor.stop()

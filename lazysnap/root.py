@@ -10,6 +10,7 @@ import os
 import lazysnap
 from lazysnap import log
 from lazysnap.errors import ConfigError
+from lazysnap.paths import Root
 
 _log = log.get(__name__)
 
@@ -29,7 +30,7 @@ def lock_root(root: str, command: str) -> int:
     """
     try:
         os.makedirs(root, mode=0o700, exist_ok=True)
-        fd = os.open(os.path.join(root, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(Root(root).lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(
             f"the root {root} cannot be used: {error.strerror}",
@@ -53,7 +54,7 @@ def introduce(root: str, address: str) -> None:
         root: that is locked.
         address: socket at which this process answers.
     """
-    path = os.path.join(root, "daemon.json")
+    path = Root(root).daemon_facts
     facts = {"pid": os.getpid(), "version": lazysnap.__version__, "address": address}
     try:
         with open(f"{path}.new", "w", encoding="utf-8") as file:

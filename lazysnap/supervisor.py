@@ -25,6 +25,7 @@ from lazysnap import channel, log, mounts
 from lazysnap.errors import Internal, LazysnapError, Unavailable
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
+from lazysnap.paths import Root
 from lazysnap.shard.settings import FIRST_XATTR_SHARD
 
 _log = log.get(__name__)
@@ -71,6 +72,7 @@ class Supervisor:
         writable: bool = False,
     ) -> None:
         self.root = root
+        self._paths = Root(root)
         self.count = count
         self._slice = slice_name
         self._keeper_options = [
@@ -84,11 +86,11 @@ class Supervisor:
 
     def mountpoint(self, shard: int) -> str:
         """Where a shard's file system is mounted."""
-        return os.path.join(self.root, "shards", str(shard))
+        return self._paths.shard(shard)
 
     def directory(self, shard: int, slot: int) -> str:
         """The directory of a slot."""
-        return os.path.join(self.mountpoint(shard), str(slot))
+        return self._paths.shard_slot(shard, slot)
 
     def choose(self, layer: str, *, xattrs: bool) -> int:
         """The shard for the next layer: the one with the fewest, if none has the layer already.
@@ -294,12 +296,11 @@ class Supervisor:
             _log.error("shard does not end", shard=number)
 
     def _found(self) -> list[int]:
-        """Numbers of all shards that there ever were."""
+        """As `Root.shard_numbers`; none if they cannot be listed."""
         try:
-            names = os.listdir(os.path.join(self.root, "shards"))
+            return self._paths.shard_numbers()
         except OSError:
             return []
-        return [int(n[:-5]) for n in names if n.endswith(".lock") and n[:-5].isdecimal()]
 
     def _signal(self, number: int, pid: int, signal_number: signal.Signals) -> None:
         """Send a signal to a shard's keeper or worker, and never to what now has its number."""
@@ -321,12 +322,12 @@ class Supervisor:
             os.close(process)
 
     def _socket(self, number: int) -> str:
-        return self.mountpoint(number) + ".sock"
+        return self._paths.shard_socket(number)
 
     def _keeper(self, number: int) -> int:
         """The process id that a keeper left in its lock file, or 0."""
         try:
-            with open(self.mountpoint(number) + ".lock") as file:
+            with open(self._paths.shard_lock(number)) as file:
                 return int(file.read().strip() or 0)
         except (OSError, ValueError):
             return 0
@@ -335,7 +336,7 @@ class Supervisor:
         """Whether a keeper holds the shard's lock."""
         self._shards.setdefault(number, _Shard(number))
         try:
-            fd = os.open(self.mountpoint(number) + ".lock", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._paths.shard_lock(number), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -7,11 +7,9 @@ import os
 
 from lazysnap.cache.objects import ObjectStore
 from lazysnap.cache.partial import PartialFile
+from lazysnap.paths import CacheDirectory
 
-__all__ = ["INDEX_TAIL", "Cache", "ObjectStore", "PartialFile"]
-
-INDEX_TAIL = ".tail"
-"""Suffix of files beside an index, see `lazysnap.layers.blob_tail`; of no use without it."""
+__all__ = ["Cache", "ObjectStore", "PartialFile"]
 
 
 class Cache:
@@ -22,16 +20,14 @@ class Cache:
     """
 
     def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root)
-        self.index = os.path.join(self.root, "index")
-        self.partial = os.path.join(self.root, "partial")
-        self.trees = os.path.join(self.root, "trees")
+        self.paths = CacheDirectory(os.path.abspath(root))
+        self.root = self.paths.path
+        self.index = self.paths.indexes
+        self.partial = self.paths.partial
+        self.trees = self.paths.trees
         for directory in (self.root, self.index, self.partial, self.trees):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-        self._boot = os.path.join(self.root, "boot")
-        self.objects = ObjectStore(
-            os.path.join(self.root, "objects"), os.path.join(self.root, "aside")
-        )
+        self.objects = ObjectStore(self.paths.objects, self.paths.aside)
 
     def recover_after_boot(self) -> None:
         """Take from the kernel what may not have reached the disk; to be called before it reads objects.
@@ -43,13 +39,13 @@ class Cache:
         """
         now = f"{_boot_id()} {_mount_id(self.root)}\n"
         try:
-            with open(self._boot) as file:
+            with open(self.paths.boot) as file:
                 if file.read(200) == now:
                     return
         except FileNotFoundError:
             pass
         self.objects.recover()
-        with open(self._boot, "w") as file:
+        with open(self.paths.boot, "w") as file:
             file.write(now)
 
 

@@ -141,8 +141,8 @@ class Evictor:
     def __init__(self, cache: Cache, limits: CacheLimits) -> None:
         self.cache = cache
         self.apply(limits)
-        self._usage = os.path.join(cache.root, "usage")
-        self._last = os.path.join(cache.root, "evicted")
+        self._usage = cache.paths.usage
+        self._last = cache.paths.evicted
         self._lock = threading.Lock()
         self._pending = 0
         self._hopeless_until = float("-inf")

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from lazysnap.cache import INDEX_TAIL, Cache
+from lazysnap.cache import Cache
 from lazysnap.cache.inventory import Entry, entries
+from lazysnap.paths import INDEX_TAIL
 
 _BLOCK = 512
 # Nothing takes so long to be written, or to be mounted once it has been.
@@ -48,12 +49,12 @@ def leftovers(cache: Cache, used_indexes: Iterable[str]) -> list[Leftover]:
         OSError: a directory cannot be read.
     """
     used = set(used_indexes)
-    found = list(_in(cache, "index", lambda entry, _: _index_leftover(entry.name, used)))
-    found += _in(cache, "trees", lambda entry, _: _tree_leftover(entry.name, used))
+    found = list(_in(cache, cache.index, lambda entry, _: _index_leftover(entry.name, used)))
+    found += _in(cache, cache.trees, lambda entry, _: _tree_leftover(entry.name, used))
     for number in range(256):
-        for place in ("objects", "aside"):
+        for place in (cache.paths.objects, cache.paths.aside):
             found += _in(cache, f"{place}/{number:02x}", _object_leftover)
-    return found + list(_in(cache, "partial", _partial_leftover(cache)))
+    return found + list(_in(cache, cache.partial, _partial_leftover(cache)))
 
 
 def _index_leftover(name: str, used: set[str]) -> str:
@@ -91,7 +92,7 @@ def _in(
 ) -> Iterator[Leftover]:
     latest = time.time() - _IN_THE_MAKING_SECONDS
     try:
-        listing = os.scandir(os.path.join(cache.root, directory))
+        listing = os.scandir(directory)
     except FileNotFoundError:
         return
     with listing:
@@ -101,7 +102,7 @@ def _in(
                 reason = why(entry, status)
                 # Not the modification time, which may be a seal.
                 if reason and status.st_ctime < latest:
-                    name = f"{directory}/{entry.name}"
+                    name = os.path.relpath(entry.path, cache.root)
                     yield Leftover(name, status.st_blocks * _BLOCK, reason)
 
 

@@ -15,11 +15,12 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from lazysnap.cache import INDEX_TAIL, Cache
+from lazysnap.cache import Cache
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.errors import LazysnapError
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
+from lazysnap.paths import INDEX_TAIL
 
 _READ_SIZE = 1 << 20
 _PRESENT = 1
@@ -142,7 +143,7 @@ class _Verifier:
 
     def _index(self, name: str, partials: dict[bytes, Entry]) -> None:
         """Check an index, and with it the partial files that it names: these leave `partials`."""
-        path = os.path.join(self._cache.index, name)
+        path = self._cache.paths.index(name)
         try:
             with open(path, "rb") as file:
                 index = LayerIndex(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))

@@ -31,8 +31,9 @@ def size(context: Context) -> Iterator[Finding]:
     if not limit:
         return
     taken = 0
-    for part in ("objects", "aside", "partial"):
-        for directory, _, names in os.walk(context.below_root("cache", part)):
+    cache = context.paths.cache
+    for part in (cache.objects, cache.aside, cache.partial):
+        for directory, _, names in os.walk(part):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     taken += os.lstat(os.path.join(directory, name)).st_blocks * _BLOCK
@@ -48,7 +49,7 @@ def sample(context: Context) -> Iterator[Finding]:
     """Reads some objects, chosen at random, and compares them with their names."""
     end = time.monotonic() + _SAMPLE_SECONDS
     checked, left = 0, _SAMPLE_BYTES
-    for path in _at_random(context.below_root("cache", "objects")):
+    for path in _at_random(context.paths.cache.objects):
         if checked == _SAMPLE or left <= 0 or time.monotonic() > end:
             return
         try:
@@ -69,7 +70,7 @@ def sample(context: Context) -> Iterator[Finding]:
                 f"{path} is damaged: {problem}",
                 "containers may read wrong bytes; the disk may be failing",
                 "lazysnap cache verify --fix checks everything; see the kernel log for I/O errors",
-                Fix(partial(_remove, context.below_root("cache"), os.path.basename(path)), False),
+                Fix(partial(_remove, context.paths.cache.path, os.path.basename(path)), False),
             )
 
 

@@ -45,7 +45,7 @@ def root(context: Context) -> Iterator[Finding]:
             "no container can be mounted",
             "use a root without colon, comma, backslash and line feed",
         )
-    snapshots = context.below_root("snapshots")
+    snapshots = context.paths.snapshots
     with contextlib.suppress(FileNotFoundError):
         if os.stat(snapshots).st_mode & 0o077:
             yield warning(
@@ -64,7 +64,7 @@ def root(context: Context) -> Iterator[Finding]:
 def space(context: Context) -> Iterator[Finding]:
     """Free bytes and inodes of the root's and the cache's file system."""
     seen = set()
-    for path in (context.root, context.below_root("cache")):
+    for path in (context.root, context.paths.cache.path):
         try:
             device, status = os.stat(path).st_dev, os.statvfs(path)
         except FileNotFoundError:
@@ -102,14 +102,14 @@ def left(context: Context) -> Iterator[Finding]:
     """Files that were being written when their process ended."""
     dead = [
         path
-        for directory in ("", "profiles", "shards")
-        for path in _of_dead(context.below_root(directory))
+        for directory in (context.root, context.paths.profiles, context.paths.shards)
+        for path in _of_dead(directory)
     ]
     dead += _in_cache(context)
     if dead:
         yield _left(dead, "they take space; the processes that were writing them have ended", False)
     # Only the daemon writes slots, and a record may be in the making.
-    slots = context.below_root("slots")
+    slots = context.paths.slots
     unfinished = [os.path.join(slots, name) for name in _listed(slots) if name.endswith(".new")]
     if unfinished and running_daemon(context) is None:
         yield _left(unfinished, "records of layers that were not finished; nobody reads them", True)
@@ -137,10 +137,10 @@ def _remove(paths: Sequence[str]) -> str:
 
 def _in_cache(context: Context) -> list[str]:
     """What is unfinished in the cache, and older than anything takes to be written."""
-    path = context.below_root("cache")
-    if not os.path.isdir(os.path.join(path, "objects")):
+    directory = context.paths.cache
+    if not os.path.isdir(directory.objects):
         return []  # else it would be made
-    cache = Cache(path)
+    cache = Cache(directory.path)
     try:
         # An index without a layer may be used again: that goes only by `lazysnap cache prune`.
         indexes = [name for name in os.listdir(cache.index) if ".new-" not in name]

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from lazysnap.cache.eviction import CacheLimits
+from lazysnap.paths import Root
 from lazysnap.reference import Reference
 from lazysnap.registry.hosts import RegistrySettings
 
@@ -117,9 +118,10 @@ class Context:
     system: str = "/"
     release: str = field(default_factory=lambda: os.uname().release)
 
-    def below_root(self, *names: str) -> str:
-        """A path below the root directory."""
-        return os.path.join(self.root, *names)
+    @property
+    def paths(self) -> Root:
+        """The layout of the root directory."""
+        return Root(self.root)
 
     def host(self, path: str) -> str:
         """Where a file of the machine is, such as `proc/locks`."""

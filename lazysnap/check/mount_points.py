@@ -18,7 +18,6 @@ from lazysnap.check.store import attached
 from lazysnap.mounts import MountPoint
 from lazysnap.overlay import fs_path
 
-_TREES = "cache/trees"
 _SETTLE_SECONDS = 3.0
 # Longer than the image of a tree may take.
 _NEW_SECONDS = 150.0
@@ -64,8 +63,8 @@ def _lost(context: Context) -> tuple[list[int], list[int]]:
     points = {point.path: point for point in mounts.mount_points()}
     missing, stale = [], []
     for number, attachment in sorted(known.items()):
-        there = points.get(fs_path(context.below_root("snapshots"), number))
-        shard = points.get(context.below_root("shards", str(attachment.shard)))
+        there = points.get(fs_path(context.paths.snapshots, number))
+        shard = points.get(context.paths.shard(attachment.shard))
         if there is None:
             missing.append(number)
         elif not shows_layer(context, there, shard, attachment.slot):
@@ -78,7 +77,7 @@ def _lost(context: Context) -> tuple[list[int], list[int]]:
 def _is_new(context: Context, number: int) -> bool:
     """Whether a snapshot got its place so lately that the image of its tree may still be made."""
     try:
-        placed = os.stat(context.below_root("snapshots", str(number))).st_ctime
+        placed = os.stat(context.paths.snapshot(number)).st_ctime
     except OSError:
         return False
     return time.time() - placed < _NEW_SECONDS
@@ -94,7 +93,7 @@ def shows_layer(context: Context, there: MountPoint, shard: MountPoint | None, s
         slot: of the layer.
     """
     if there.fstype == "erofs":
-        return _backing(there).startswith(context.below_root(_TREES) + "/")
+        return _backing(there).startswith(context.paths.cache.trees + "/")
     return shard is not None and there.device == shard.device and there.root == f"/{slot}"
 
 
@@ -127,14 +126,14 @@ def unknown(context: Context) -> Iterator[Finding]:
 
 
 def _unknown(context: Context) -> list[MountPoint]:
-    snapshots, shards = context.below_root("snapshots"), context.below_root("shards")
+    snapshots, shards = context.paths.snapshots, context.paths.shards
     points = mounts.mount_points()
     known = attached(context)
     if known is None:
         return []  # it cannot be told
     places = {fs_path(snapshots, number) for number in known}
-    merged = context.below_root("merged")
-    slots = {f"{merged}/{attachment.slot}" for attachment in known.values()}
+    merged = context.paths.merged
+    slots = {context.paths.merged_slot(attachment.slot) for attachment in known.values()}
     return [
         point
         for point in points

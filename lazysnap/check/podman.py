@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lazysnap.check.finding import Context, Finding, Probe, failure, warning
+from lazysnap.paths import Root
 
 _CONFIGURATION = "etc/containers/storage.conf"
 _SECONDS = 2.0
@@ -42,7 +43,7 @@ def _entries(known: Any) -> Iterator[str]:
 
 def _ours(directory: str) -> bool:
     """Whether `lazysnap store` has made it; what it leads to is in a FUSE mount, and not looked at."""
-    return os.path.islink(directory) and os.readlink(directory).endswith("/shards/0/layers")
+    return os.path.islink(directory) and os.readlink(directory).endswith(Root("/").store_layers)
 
 
 def _judge(directory: str, options: list[str], path: str) -> Iterator[Finding]:
@@ -62,7 +63,7 @@ def _judge(directory: str, options: list[str], path: str) -> Iterator[Finding]:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_SECONDS)
         try:
-            probe.connect(os.path.join(os.path.dirname(directory), "store.sock"))
+            probe.connect(Root(os.path.dirname(directory)).store_socket)
         except OSError as error:
             yield warning(
                 f"lazysnap store does not answer for {directory}: {error.strerror or error}",

@@ -105,7 +105,7 @@ def _repaired(finding: Finding, offline: bool) -> Finding:
 def _no_daemon(context: Context) -> Iterator[bool]:
     """Keep a daemon from starting on the root; whether none is running."""
     try:
-        fd = os.open(context.below_root("lock"), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(context.paths.lock, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield False  # never used by a daemon: there is nothing of lazysnap's to mend either
         return

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,6 @@ from lazysnap.layers.slots import SlotRecord
 # Long: a worker that is busy is not a dead one.
 _CALL_SECONDS = 15.0
 _HEALTH_SECONDS = 30.0
-_FILE = re.compile(r"(\d+)\.(?:lock|sock)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +41,12 @@ class Shard:
 
 
 async def _call(context: Context, shard: int, name: str, seconds: float, **args: Any) -> Any:
-    path = context.below_root("shards", f"{shard}.sock")
+    path = context.paths.shard_socket(shard)
     return await channel.call(path, name, timeout=seconds, **args)
 
 
 def _numbers(context: Context, records: Sequence[SlotRecord]) -> set[int]:
-    try:
-        names = os.listdir(context.below_root("shards"))
-    except FileNotFoundError:
-        names = []
-    found = {int(match[1]) for match in map(_FILE.fullmatch, names) if match}
-    return found | {record.shard for record in records}
+    return {*context.paths.shard_numbers(), *(record.shard for record in records)}
 
 
 async def shards(context: Context) -> list[Shard]:
@@ -82,7 +74,7 @@ async def shards(context: Context) -> list[Shard]:
 def _keeper(context: Context, number: int) -> int:
     """The keeper that has left its number in the lock file, if it lives."""
     try:
-        with open(context.below_root("shards", f"{number}.lock"), encoding="ascii") as file:
+        with open(context.paths.shard_lock(number), encoding="ascii") as file:
             pid = int(file.read().strip() or 0)
     except (OSError, ValueError):
         return 0
@@ -141,7 +133,7 @@ async def file_systems(context: Context) -> list[Finding]:
     points = mounts.mount_points()
 
     async def one(number: int, layers: int) -> None:
-        path = context.below_root("shards", str(number))
+        path = context.paths.shard(number)
         point = mounts.mounted_at(path, points)
         why = f"its {layers} layers cannot be read"
         if point is None:

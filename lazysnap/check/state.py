@@ -40,11 +40,11 @@ def running_daemon(context: Context) -> Daemon | None:
     just starting would take that for another daemon.
     """
     try:
-        with open(context.below_root("daemon.json"), "rb") as file:
+        with open(context.paths.daemon_facts, "rb") as file:
             daemon = msgspec.json.decode(file.read(1 << 16), type=Daemon)
     except (OSError, msgspec.MsgspecError):
         return None
-    return daemon if _has_open(daemon.pid, context.below_root("lock")) else None
+    return daemon if _has_open(daemon.pid, context.paths.lock) else None
 
 
 def _has_open(pid: int, path: str) -> bool:

@@ -27,7 +27,7 @@ _AGAIN = "remove the images that use it, and pull them again"
 @contextlib.contextmanager
 def opened(context: Context) -> Iterator[sqlite3.Connection | None]:
     """The database for reading only, or None if there is none."""
-    path = context.below_root("metadata.db")
+    path = context.paths.database
     if not os.path.exists(path):
         yield None
         return
@@ -83,7 +83,7 @@ def attached(context: Context) -> Mapping[int, Attachment] | None:
 
 def directories(context: Context) -> Iterator[Finding]:
     """Every snapshot has a directory, and every directory a snapshot."""
-    top = context.below_root("snapshots")
+    top = context.paths.snapshots
     # In this order: a snapshot gets its directory before the database knows it.
     known, names = _known(context), _listed(top)
     if known is None:
@@ -155,7 +155,7 @@ def lazy(context: Context) -> Iterator[Finding]:
                     "its layer cannot be read once its worker is replaced",
                     restored,
                 )
-        elif not os.path.exists(context.below_root("cache", "index", record.index)):
+        elif not os.path.exists(context.paths.cache.index(record.index)):
             yield failure(
                 f"the index of layer {record.layer_digest} of {record.reference} is gone",
                 "the layer cannot be read once its worker is replaced",

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from lazysnap import config, log
-from lazysnap.cache import INDEX_TAIL, Cache
+from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits, exclusive
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
@@ -29,6 +29,7 @@ from lazysnap.cli import units
 from lazysnap.cli.options import CONFIG_HELP, ROOT_HELP, config_option, root_option
 from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
+from lazysnap.paths import INDEX_TAIL, Root
 from lazysnap.quantities import bytes_text
 
 _EXIT_REPAIRED = 1
@@ -72,7 +73,7 @@ def _opened(ctx: click.Context) -> Iterator[tuple[Cache, CacheLimits, str]]:
     """The cache, its limits and lazysnap's root; translates what the disk refuses."""
     settings = config.load(ctx.obj.get("config"))
     root = os.path.abspath(ctx.obj.get("root") or settings.root)
-    path = os.path.join(root, "cache")
+    path = Root(root).cache.path
     limits = CacheLimits(
         size_limit_bytes=settings.cache.size_limit_bytes,
         reserve_bytes=settings.cache.reserve_bytes,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 import trio
 
-from lazysnap import config, log, places
+from lazysnap import config, log, paths
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
@@ -32,7 +32,7 @@ from lazysnap.registry.hosts import RegistrySettings
 @root_option
 @click.option("--address", type=click.Path(), help="Socket of lazysnap serve.")
 @click.option(
-    "--containerd", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS", show_default=True,
+    "--containerd", default=paths.CONTAINERD_ADDRESS, envvar="CONTAINERD_ADDRESS", show_default=True,
     metavar="SOCKET", help="containerd's socket.",
 )  # fmt: skip
 @click.option(

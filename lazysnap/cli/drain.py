@@ -19,10 +19,11 @@ import trio
 from lazysnap import channel, config, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.options import config_option, root_option
-from lazysnap.cli.root_state import inquire, shard_socket
+from lazysnap.cli.root_state import inquire
 from lazysnap.cli.status import readable_root
 from lazysnap.cli.units import duration
 from lazysnap.errors import LazysnapError, NotFound
+from lazysnap.paths import Root
 from lazysnap.quantities import bytes_text
 from lazysnap.reference import Reference
 
@@ -151,7 +152,7 @@ class _Drain:
             await trio.sleep(_POLL_SECONDS)
 
     async def _ask(self, shard: int) -> None:
-        path = shard_socket(self._root, shard)
+        path = Root(self._root).shard_socket(shard)
         for layer in self._layers.values():
             if layer["shard"] != shard or layer["complete"]:
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from lazysnap import config, log, places
+from lazysnap import config, log, paths
 from lazysnap.cli import interrupt, profile_recording
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.containerd.client import Containerd
@@ -25,7 +25,7 @@ from lazysnap.registry import Registry, push_referrer
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("image", metavar="IMAGE")
 @click.argument("run", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
-@click.option("--address", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS",
+@click.option("--address", default=paths.CONTAINERD_ADDRESS, envvar="CONTAINERD_ADDRESS",
               show_default=True, metavar="SOCKET", help="containerd's socket.")  # fmt: skip
 @click.option("--namespace", "-n", default="default", envvar="CONTAINERD_NAMESPACE",
               show_default=True, metavar="NAME", help="containerd's namespace.")  # fmt: skip

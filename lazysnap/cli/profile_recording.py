@@ -8,7 +8,6 @@ first, as a read from there would not be seen. Talks to the shards' control sock
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import time
 import uuid
@@ -23,6 +22,7 @@ from lazysnap.containerd.client import Containerd
 from lazysnap.digest import Digest
 from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
+from lazysnap.paths import Root
 from lazysnap.platforms import Platform
 from lazysnap.prefetch.profile import Profile, Read, from_reads
 
@@ -144,7 +144,7 @@ def _shards(root: str, image: LocalImage) -> dict[int, list[int]]:
 
 
 async def _call(root: str, shard: int, name: str, **arguments: object) -> Mapping[str, object]:
-    path = os.path.join(root, "shards", f"{shard}.sock")
+    path = Root(root).shard_socket(shard)
     answer: Mapping[str, object] = await channel.call(
         path, name, timeout=_CALL_SECONDS, **arguments
     )

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from lazysnap import places
+from lazysnap import paths
 from lazysnap.pull.daemon_ask import ask
 
 _MACHINES = {"armv6l": "arm/v6", "armv7l": "arm/v7"}
@@ -28,7 +28,7 @@ _OTHERS = frozenset({"overlayfs", "native"})
 @click.command()
 @click.argument("reference", metavar="REF")
 @click.option(
-    "--address", default=places.CONTAINERD, envvar="CONTAINERD_ADDRESS", show_default=True,
+    "--address", default=paths.CONTAINERD_ADDRESS, envvar="CONTAINERD_ADDRESS", show_default=True,
     metavar="SOCKET", help="containerd's socket.",
 )  # fmt: skip
 @click.option(
@@ -40,7 +40,7 @@ _OTHERS = frozenset({"overlayfs", "native"})
     help="Name of the snapshotter in containerd's configuration.",
 )  # fmt: skip
 @click.option(
-    "--root", default=places.ROOT, envvar="LAZYSNAP_ROOT", show_default=True, metavar="DIR",
+    "--root", default=paths.DEFAULT_ROOT, envvar="LAZYSNAP_ROOT", show_default=True, metavar="DIR",
     help="lazysnap's root directory, where its daemon is asked to pull.",
 )  # fmt: skip
 @click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")

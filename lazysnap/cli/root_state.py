@@ -28,6 +28,7 @@ from lazysnap.layers.view import open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample
 from lazysnap.metrics.totals import added
+from lazysnap.paths import Root
 from lazysnap.store.reader import SnapshotReader
 from lazysnap.store.records import Attachment, Snapshot
 
@@ -98,7 +99,7 @@ def slot_records(root: str, problems: list[str]) -> dict[int, SlotRecord]:
 
 def database(root: str, problems: list[str]) -> tuple[list[Snapshot], dict[int, Attachment]]:
     """All snapshots, and what is served for those that are lazy."""
-    path = os.path.join(root, "metadata.db")
+    path = Root(root).database
     if not os.path.exists(path):
         return [], {}
     # Not SnapshotStore: that would make and migrate it.
@@ -127,24 +128,10 @@ def _daemon(root: str) -> dict[str, Any]:
     }
 
 
-def shard_numbers(root: str) -> list[int]:
-    """The shards that have had a worker."""
-    try:
-        names = os.listdir(os.path.join(root, "shards"))
-    except FileNotFoundError:
-        return []
-    return [int(name[:-5]) for name in names if name.endswith(".sock") and name[:-5].isdigit()]
-
-
-def shard_socket(root: str, number: int) -> str:
-    """Where a shard answers."""
-    return os.path.join(root, "shards", f"{number}.sock")
-
-
 async def _ask_all(root: str, records: Mapping[int, SlotRecord]) -> _Shards:
     answered = _Shards()
     async with trio.open_nursery() as nursery:
-        for number in sorted({r.shard for r in records.values()} | set(shard_numbers(root))):
+        for number in sorted({r.shard for r in records.values()} | set(Root(root).shard_numbers())):
             mine = [record.slot for record in records.values() if record.shard == number]
             nursery.start_soon(_ask, root, number, mine, answered)
     return answered
@@ -152,7 +139,7 @@ async def _ask_all(root: str, records: Mapping[int, SlotRecord]) -> _Shards:
 
 async def _ask(root: str, number: int, slots: Sequence[int], answered: _Shards) -> None:
     """What a shard says of itself and of its layers; as much of it as can be had."""
-    path = shard_socket(root, number)
+    path = Root(root).shard_socket(number)
     shard: dict[str, Any] = {"shard": number, "error": "", "layers": len(slots)}
     answered.shards.append(shard)
     try:
@@ -183,7 +170,7 @@ def _on_disk(root: str, record: SlotRecord) -> dict[str, Any]:
     if cache is None:
         return {}
     try:
-        index = open_index(os.path.join(cache.index, record.index))
+        index = open_index(cache.paths.index(record.index))
     except LazysnapError as error:
         return {"last_error": str(error)}
     share = local_share(index, cache)
@@ -197,8 +184,8 @@ def _on_disk(root: str, record: SlotRecord) -> dict[str, Any]:
 
 def _open_cache(root: str) -> Cache | None:
     """The cache; None if there is none, as a look must not make one."""
-    directory = os.path.join(root, "cache")
-    return Cache(directory) if os.path.isdir(os.path.join(directory, "objects")) else None
+    directory = Root(root).cache
+    return Cache(directory.path) if os.path.isdir(directory.objects) else None
 
 
 def _cache(root: str, problems: list[str]) -> dict[str, Any]:

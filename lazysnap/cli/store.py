@@ -7,10 +7,8 @@ import click
 import msgspec
 import trio
 
-from lazysnap import config, log
+from lazysnap import config, log, paths
 from lazysnap.cli.options import config_option
-
-DEFAULT_ROOT = "/var/lib/lazysnap-store"
 
 
 @click.command()
@@ -18,7 +16,7 @@ DEFAULT_ROOT = "/var/lib/lazysnap-store"
 @click.option(
     "--root",
     type=click.Path(),
-    default=DEFAULT_ROOT,
+    default=paths.DEFAULT_STORE_ROOT,
     show_default=True,
     help="Directory of all state, not the one of lazysnap serve.",
 )

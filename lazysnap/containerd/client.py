@@ -26,7 +26,7 @@ import trio
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from lazysnap import places
+from lazysnap import paths
 from lazysnap.containerd._pb import (
     diff_pb2,
     images_pb2,
@@ -105,7 +105,7 @@ class Containerd:
 
     def __init__(
         self,
-        address: str = places.CONTAINERD,
+        address: str = paths.CONTAINERD_ADDRESS,
         namespace: str = "default",
         *,
         connection: Connection | None = None,

@@ -16,8 +16,8 @@ from typing import Protocol
 import trio
 
 from lazysnap import log
-from lazysnap.cache import INDEX_TAIL
 from lazysnap.layers.blob_tail import Seed, open_seed, read_seed
+from lazysnap.paths import INDEX_TAIL
 
 _log = log.get(__name__)
 # As a network would bring it, so that the first members are decoded while others are handed out.

@@ -25,6 +25,7 @@ from lazysnap.filesystem.layer_mounts import Capabilities, record_of
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import ensure_tree
 from lazysnap.mounts import MountPoint
+from lazysnap.paths import Root
 from lazysnap.shard.settings import serve_xattrs_everywhere
 from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
@@ -52,7 +53,7 @@ class KernelTreeMounts:
             clean(cache.root)
         problem = why_not(cache.root) if kernel_trees else "it is switched off"
         self.serves_trees = not problem
-        self._merged_root = os.path.join(supervisor.root, "merged")
+        self._root = Root(supervisor.root)
         self._lock = threading.Lock()
         if self.serves_trees:
             serve_xattrs_everywhere(supervisor.root)
@@ -126,11 +127,11 @@ class KernelTreeMounts:
         top = lazy[0].slot
         points = mounts.mount_points()
         devices = {point.path: point.device for point in points}
-        shards = [self._supervisor.mountpoint(n) for n in dict.fromkeys(a.shard for a in lazy)]
+        shards = list(dict.fromkeys(a.shard for a in lazy))
         # A shard that was mounted anew is another file system.
-        source = "+".join(["lazysnap", *(devices.get(shard, "none") for shard in shards)])
+        source = "+".join(["lazysnap", *(devices.get(self._root.shard(n), "none") for n in shards)])
         source += f"+{stage}" * bool(stage)
-        target = os.path.join(self._merged_root, str(top))
+        target = self._root.merged_slot(top)
         present = mounts.mounted_at(target, points)
         if present is not None:
             if present.source == source:
@@ -142,7 +143,7 @@ class KernelTreeMounts:
             raise Internal(f"cannot make {target}: {error.strerror}") from error
         merge_trees(
             [layer.directory for layer in layers],
-            [self._cache.objects.root, *(f"{shard}/contents/{top}" for shard in shards)],
+            [self._cache.objects.root, *(self._root.shard_contents(n, top) for n in shards)],
             source,
             target,
         )
@@ -163,7 +164,7 @@ class KernelTreeMounts:
     def clean(self, slots: Container[int]) -> None:
         """Remove what `lowerdirs` made for slots that are gone; see `LayerMounts`."""
         try:
-            found = [int(name) for name in os.listdir(self._merged_root) if name.isdigit()]
+            found = [int(name) for name in os.listdir(self._root.merged) if name.isdigit()]
         except FileNotFoundError:
             return
         for slot in found:
@@ -174,7 +175,7 @@ class KernelTreeMounts:
                     _log.warning("a mount is left", slot=slot, error=error)
 
     def _discard(self, slot: int) -> None:
-        target = os.path.join(self._merged_root, str(slot))
+        target = self._root.merged_slot(slot)
         mounts.unmount(target)
         with contextlib.suppress(OSError):
             os.rmdir(target)

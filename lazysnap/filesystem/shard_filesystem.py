@@ -9,7 +9,6 @@ removed by `restore`.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -39,6 +38,7 @@ from lazysnap.layers.slots import (
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
+from lazysnap.paths import Root
 from lazysnap.reference import Reference
 from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
@@ -183,7 +183,7 @@ class ShardFilesystem:
         return ViewTree(LayerView(record, open_index(self._index_path(record.index))))
 
     def _index_path(self, name: str) -> str:
-        return os.path.join(self._root, "cache", "index", name)
+        return Root(self._root).cache.index(name)
 
     async def check(self, chain: Sequence[Attached]) -> None:
         """See that layers can serve reads; see `Filesystem`."""

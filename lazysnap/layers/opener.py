@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from lazysnap import log, oci, tracing
-from lazysnap.cache import INDEX_TAIL
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
@@ -27,6 +26,7 @@ from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
+from lazysnap.paths import INDEX_TAIL
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 

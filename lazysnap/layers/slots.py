@@ -13,6 +13,7 @@ import os
 import msgspec
 
 from lazysnap.layers import record_files
+from lazysnap.paths import Root
 
 _VERSION = 1
 
@@ -68,10 +69,6 @@ class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
     annotations: dict[str, str] = {}
 
 
-def _directory(root: str) -> str:
-    return os.path.join(root, "slots")
-
-
 def write_slot(root: str, record: SlotRecord) -> None:
     """Store a record so that it survives a crash.
 
@@ -82,7 +79,7 @@ def write_slot(root: str, record: SlotRecord) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    record_files.write(_directory(root), record)
+    record_files.write(Root(root).slots, record)
 
 
 def read_slot(root: str, slot: int) -> SlotRecord:
@@ -92,7 +89,7 @@ def read_slot(root: str, slot: int) -> SlotRecord:
         NotFound: there is no such slot.
         Internal: the file cannot be read, or is not a record.
     """
-    return record_files.read(_directory(root), slot, SlotRecord, _VERSION)
+    return record_files.read(Root(root).slots, slot, SlotRecord, _VERSION)
 
 
 def remove_slot(root: str, slot: int) -> None:
@@ -101,17 +98,17 @@ def remove_slot(root: str, slot: int) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    record_files.remove(_directory(root), slot)
+    record_files.remove(Root(root).slots, slot)
 
 
 def list_slots(root: str) -> list[int]:
     """The slots that have a record."""
-    return record_files.numbers(_directory(root))
+    return record_files.numbers(Root(root).slots)
 
 
 def slots_changed(root: str) -> int:
     """When a record was last written or removed, in nanoseconds by the file system's clock; 0: never."""
     try:
-        return os.stat(_directory(root)).st_mtime_ns
+        return os.stat(Root(root).slots).st_mtime_ns
     except FileNotFoundError:
         return 0

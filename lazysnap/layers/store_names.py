@@ -7,11 +7,10 @@ started knows as much as the one before.
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 
 from lazysnap.layers import record_files
+from lazysnap.paths import Root
 
 _VERSION = 1
 
@@ -35,17 +34,13 @@ class NamedLayer(msgspec.Struct, frozen=True, kw_only=True):
     unseen: int = 0
 
 
-def _directory(root: str) -> str:
-    return os.path.join(root, "names")
-
-
 def write_name(root: str, name: NamedLayer) -> None:
     """Store a name so that it survives a crash.
 
     Raises:
         Internal: the disk refuses.
     """
-    record_files.write(_directory(root), name)
+    record_files.write(Root(root).names, name)
 
 
 def read_name(root: str, slot: int) -> NamedLayer:
@@ -55,7 +50,7 @@ def read_name(root: str, slot: int) -> NamedLayer:
         NotFound: the slot has none.
         Internal: the file cannot be read, or is no name.
     """
-    return record_files.read(_directory(root), slot, NamedLayer, _VERSION)
+    return record_files.read(Root(root).names, slot, NamedLayer, _VERSION)
 
 
 def remove_name(root: str, slot: int) -> None:
@@ -64,9 +59,9 @@ def remove_name(root: str, slot: int) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    record_files.remove(_directory(root), slot)
+    record_files.remove(Root(root).names, slot)
 
 
 def list_names(root: str) -> list[int]:
     """The slots that have names."""
-    return record_files.numbers(_directory(root))
+    return record_files.numbers(Root(root).names)

@@ -53,7 +53,7 @@ def ensure_nested_tree(cache: Cache, index_name: str) -> str:
     """
     path = os.path.join(cache.trees, tree_name(index_name, nested=True))
     if _read(path) is None:
-        index = open_index(os.path.join(cache.index, index_name))
+        index = open_index(cache.paths.index(index_name))
         write_tree(path, build(index, opaque_xattr=_NESTED_OPAQUE))
     return path
 
@@ -83,7 +83,7 @@ def ensure_tree(cache: Cache, index_name: str, inherited: Sequence[Inherited] = 
     if base is not None:
         image = _patched(base, inherited)
     else:
-        index = open_index(os.path.join(cache.index, index_name))
+        index = open_index(cache.paths.index(index_name))
         image = build(index, inherited=inherited)
     write_tree(path, image)
     return path

@@ -28,7 +28,8 @@ from lazysnap.layers.slots import read_slot
 from lazysnap.layers.store_names import NamedLayer
 from lazysnap.layers.tree_images import ensure_nested_tree, ensure_tree
 from lazysnap.layers.view import open_index
-from lazysnap.shard import content_view, store_view
+from lazysnap.paths import Root
+from lazysnap.shard import store_view
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -47,8 +48,7 @@ class KernelTrees:
 
     def __init__(self, cache: Cache, supervisor: Supervisor, *, enabled: bool) -> None:
         self._cache = cache
-        self._shard = supervisor.mountpoint(0)
-        self._places = os.path.join(supervisor.root, "trees")
+        self._root = Root(supervisor.root)
         self._unfit: set[int] = set()
         with contextlib.suppress(LazysnapError, OSError):  # the next start tries again
             clean(cache.root)
@@ -62,12 +62,12 @@ class KernelTrees:
     def start(self) -> None:
         """Remove what a process left that was killed while it mounted something."""
         try:
-            mounts.unmount_below(self._places)
+            mounts.unmount_below(self._root.nested)
             with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(self._places):
-                    os.rmdir(os.path.join(self._places, name))
+                for name in os.listdir(self._root.nested):
+                    os.rmdir(os.path.join(self._root.nested, name))
         except (LazysnapError, OSError) as error:
-            _log.warning("a mount is left", path=self._places, error=error)
+            _log.warning("a mount is left", path=self._root.nested, error=error)
 
     def missing(self, layers: Iterable[NamedLayer]) -> list[NamedLayer]:
         """The layers whose trees could be mounted and are not."""
@@ -78,7 +78,7 @@ class KernelTrees:
         except LazysnapError as error:  # e.g. there are no descriptors left
             _log.warning("the shard serves the trees", why=error)
             return []
-        if self._shard not in points:
+        if self._root.shard(0) not in points:
             return []
         return [
             name
@@ -97,17 +97,17 @@ class KernelTrees:
             _log.warning("the shard serves the tree", digest=name.digest, why=error)
 
     def _show(self, name: NamedLayer) -> None:
-        record = read_slot(os.path.dirname(self._places), name.slot)
-        only_below, opaque = _marks(open_index(os.path.join(self._cache.index, record.index)))
+        record = read_slot(self._root.path, name.slot)
+        only_below, opaque = _marks(open_index(self._cache.paths.index(record.index)))
         if only_below:
             self._unfit.add(name.slot)
             return
-        place = os.path.join(self._places, str(name.slot))
+        place = self._root.nested_slot(name.slot)
         try:
             os.makedirs(place, mode=0o700, exist_ok=True)
         except OSError as error:
             raise Internal(f"cannot make {place}: {error.strerror}") from error
-        view = os.path.join(self._shard, os.fsdecode(content_view.NAME), str(name.slot))
+        view = self._root.shard_contents(0, name.slot)
         try:
             tree = (ensure_nested_tree if opaque else ensure_tree)(self._cache, record.index)
             mount_tree(tree, place)
@@ -135,13 +135,8 @@ class KernelTrees:
     def _path(self, name: NamedLayer) -> str:
         """The directory `diff` of a layer."""
         image = base64.b64encode(name.reference.encode()).decode()
-        parts = (
-            os.fsdecode(store_view.NAME),
-            image,
-            name.digest,
-            os.fsdecode(store_view.DIFF_NAME),
-        )
-        return os.path.join(self._shard, *parts)
+        diff = os.fsdecode(store_view.DIFF_NAME)
+        return os.path.join(self._root.store_layers, image, name.digest, diff)
 
 
 def _marks(index: LayerIndex) -> tuple[bool, bool]:

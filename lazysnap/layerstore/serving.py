@@ -28,11 +28,11 @@ from lazysnap.layerstore.kernel_trees import KernelTrees
 from lazysnap.layerstore.layers import LayerStore
 from lazysnap.layerstore.references import References
 from lazysnap.layerstore.storages import Storages
+from lazysnap.paths import Root
 from lazysnap.registry.client import Registry
 from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
-from lazysnap.shard import store_view
 from lazysnap.shard.settings import ShardSettings, write_settings
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
@@ -43,7 +43,6 @@ _COLLECT_SECONDS = 60.0
 # Clients tell that they are done with a layer just before they remove it from their storage.
 _SETTLE_SECONDS = 1.0
 _FORGOTTEN_SECONDS = 0.02
-_LINK = "store"
 # A client's path of a layer leads to one mount.
 _SHARDS = 1
 
@@ -66,7 +65,7 @@ async def run(load: Callable[[], Config], *, unmount_on_exit: bool, shard_slice:
     os.umask(0o022)
     lock = lock_root(root, "store")
     try:
-        introduce(root, store_view.socket_path(root))
+        introduce(root, Root(root).store_socket)
         await run_until_stopped(partial(_serve, config, root, unmount_on_exit, shard_slice), load)
     finally:
         os.close(lock)
@@ -89,13 +88,13 @@ async def _serve(
         slice_name=shard_slice,
         writable=True,
     )
-    _make_path(root, supervisor)
-    store = SnapshotStore(os.path.join(root, "metadata.db"))
+    _make_path(root)
+    store = SnapshotStore(Root(root).database)
     builders = Builders(os.cpu_count() or 1)
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
             nursery.start_soon(builders.run)
-            cache = Cache(os.path.join(root, "cache"))
+            cache = Cache(Root(root).cache.path)
             trees = KernelTrees(cache, supervisor, enabled=config.lazy.kernel_trees)
             opener = Opener(
                 cache.index,
@@ -116,7 +115,7 @@ async def _serve(
                 await nursery.start(monitor.serve, config.metrics_address, watcher.text)
             await trio.to_thread.run_sync(trees.start)
             await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
-            _log.info("ready", store=os.path.join(root, _LINK), version=lazysnap.__version__)
+            _log.info("ready", store=Root(root).store, version=lazysnap.__version__)
             nursery.start_soon(watchdog.run, snapshotter.answers)
             task_status.started(Reload(config, root, registry, supervisor, _settings_for_shards))
             try:
@@ -209,18 +208,18 @@ async def _serve_layers(
         "released": released,
         "collect": layers.collect,
     }
-    await nursery.start(channel.serve, store_view.socket_path(root), handlers)
+    await nursery.start(channel.serve, Root(root).store_socket, handlers)
     await layers.show_trees()
     nursery.start_soon(collect)
 
 
-def _make_path(root: str, supervisor: Supervisor) -> None:
+def _make_path(root: str) -> None:
     """Have a path for clients that is there from now on, also while nothing is mounted.
 
     A client that does not find it refuses all work, and not only that with lazy layers.
     """
-    path = os.path.join(root, _LINK)
-    target = os.path.join(supervisor.mountpoint(0), os.fsdecode(store_view.NAME))
+    path = Root(root).store
+    target = Root(root).store_layers
     with contextlib.suppress(OSError):  # a mount that is dead; the directory is below it
         os.makedirs(target, exist_ok=True)
     try:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from lazysnap import log, mounts
 from lazysnap.errors import Internal
+from lazysnap.paths import Root
 
 _log = log.get(__name__)
 _LOCK = "/overlay-layers/layers.lock"
@@ -43,7 +44,7 @@ class Storages:
     """
 
     def __init__(self, root: str) -> None:
-        self._path = os.path.join(root, "storages")
+        self._path = Root(root).storages
         # That of root is nothing to ordinary users, who cannot look at it.
         self._known = {_DEFAULT} if mounts.overlay_facts().privileged else set()
         try:

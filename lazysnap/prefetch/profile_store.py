@@ -10,6 +10,7 @@ from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, Internal
 from lazysnap.layers import record_files
+from lazysnap.paths import Root
 from lazysnap.prefetch.profile import MAX_SIZE, Profile, merge, parse, serialize
 
 _log = log.get(__name__)
@@ -23,11 +24,11 @@ class ProfileStore:
     """
 
     def __init__(self, root: str) -> None:
-        self._directory = os.path.join(root, "profiles")
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._root = Root(root)
+        os.makedirs(self._root.profiles, mode=0o700, exist_ok=True)
 
     def _path(self, manifest: str) -> str:
-        return os.path.join(self._directory, Digest.parse(manifest).hex + ".json")
+        return self._root.profile(Digest.parse(manifest).hex)
 
     def find(self, manifest: str) -> Profile | None:
         """The profile of a manifest, if there is one that can be used."""
@@ -62,5 +63,5 @@ class ProfileStore:
 
     def manifests(self) -> list[str]:
         """The manifests that have a profile."""
-        names = sorted(os.listdir(self._directory))
+        names = sorted(os.listdir(self._root.profiles))
         return ["sha256:" + name[:-5] for name in names if name.endswith(".json")]

@@ -8,10 +8,10 @@ loads what it takes to follow it.
 
 from __future__ import annotations
 
-import os
 import socket
 
 from lazysnap import frames
+from lazysnap.paths import Root
 
 # The daemon is on this machine, so it listens or there is none.
 _SECONDS = 0.2
@@ -33,7 +33,7 @@ def ask(root: str, reference: str, platform: str, **place: str) -> socket.socket
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_SECONDS)
     try:
-        connection.connect(os.path.join(root, "daemon.sock"))
+        connection.connect(Root(root).daemon_socket)
         connection.sendall(frames.pack({"call": "pull", "args": arguments}))
     except OSError:
         connection.close()

@@ -21,6 +21,7 @@ from lazysnap.errors import LazysnapError
 from lazysnap.fetch.trace import Told, told
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.view import open_index
+from lazysnap.paths import Root
 from lazysnap.prefetch.profile import MAX_SIZE, Profile, parse
 from lazysnap.report.estimate import savings, use
 from lazysnap.report.history import History, slowest
@@ -82,7 +83,7 @@ async def _ask_all(question: Question, missing: list[str]) -> dict[int, Told]:
     answers: dict[int, Told] = {}
 
     async def ask(shard: int, slots: list[int]) -> None:
-        path = os.path.join(question.root, "shards", f"{shard}.sock")
+        path = Root(question.root).shard_socket(shard)
         try:
             answer = await channel.call(path, "trace", timeout=_CALL_SECONDS, slots=slots)
             answers.update((each.slot, each) for each in told(answer))
@@ -132,8 +133,8 @@ def _profile(question: Question) -> Profile | None:
         if record is None or not record.manifest:
             continue
         try:
-            name = Digest.parse(record.manifest).hex + ".json"
-            with open(os.path.join(question.root, "profiles", name), "rb") as file:
+            path = Root(question.root).profile(Digest.parse(record.manifest).hex)
+            with open(path, "rb") as file:
                 return parse(file.read(MAX_SIZE + 1))
         except (OSError, LazysnapError):
             continue
@@ -164,7 +165,7 @@ def _layer(
     answer = answers.get(record.slot)
     if answer is not None:
         try:
-            index = open_index(os.path.join(question.root, "cache", "index", record.index))
+            index = open_index(Root(question.root).cache.index(record.index))
             history = History(position, index, found.zero)
             ranges, waits = history.ranges(answer), history.waits(answer)
             what = use(index, answer, reads)
@@ -192,13 +193,13 @@ def _layer(
 def _mounting_at(root: str, record: SlotRecord, ready: float | None) -> float | None:
     """When the index was made, if it was for this pull, else when the slot was given out."""
     try:
-        given = os.stat(os.path.join(root, "slots", str(record.slot))).st_mtime
+        given = os.stat(Root(root).slot(record.slot)).st_mtime
     except OSError:
         return None
     if ready is None or given > ready:
         return None  # written again since
     try:
-        made = os.stat(os.path.join(root, "cache", "index", record.index)).st_mtime
+        made = os.stat(Root(root).cache.index(record.index)).st_mtime
     except OSError:
         return given
     return made if given - _INDEX_SECONDS < made < given else given

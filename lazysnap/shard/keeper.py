@@ -268,6 +268,13 @@ def _detach_output(log: str) -> None:
     os.close(fd)
 
 
+def _paths(root: str, number: int) -> tuple[str, str, str]:
+    """Where a shard is mounted, its lock and its log."""
+    # `lazysnap.paths` says the same. It is not imported, as nothing of lazysnap is, see above.
+    mountpoint = os.path.join(root, "shards", str(number))
+    return mountpoint, mountpoint + ".lock", mountpoint + ".log"
+
+
 def main() -> int:
     """Entry point of `python -m lazysnap.shard.keeper`."""
     parser = argparse.ArgumentParser(prog="lazysnap-keeper")
@@ -278,12 +285,12 @@ def main() -> int:
     parser.add_argument("--read-ahead-kib", type=int, default=1024)
     arguments = parser.parse_args()
     os.umask(0o022)
-    mountpoint = os.path.join(arguments.root, "shards", str(arguments.number))
+    mountpoint, lock, log = _paths(arguments.root, arguments.number)
     os.makedirs(os.path.dirname(mountpoint), mode=0o711, exist_ok=True)
-    if not _lock(mountpoint + ".lock"):
+    if not _lock(lock):
         _say(f"{mountpoint} has a keeper already")
         return 3
-    _detach_output(mountpoint + ".log")
+    _detach_output(log)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-999")
     operations = _mount(mountpoint, writable=arguments.writable)

@@ -93,7 +93,7 @@ class Fetching:
         blob = self._registry.source(reference, digest, origin.blob_size)
         fetcher = Fetcher(
             index,
-            SeededSource(blob, f"{self._cache.index}/{origin.index}", lambda: fetcher.counters),
+            SeededSource(blob, self._cache.paths.index(origin.index), lambda: fetcher.counters),
             self._contents,
             self._nursery,
             self._decoders,

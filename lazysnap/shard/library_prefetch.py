@@ -7,7 +7,6 @@ others, by their call `link`, which of theirs are needed. Advice only: what fail
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import trio
@@ -17,6 +16,7 @@ from lazysnap.errors import LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_changed
 from lazysnap.layers.view import open_index
+from lazysnap.paths import Root
 from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
 from lazysnap.prefetch.queue import Ahead
 from lazysnap.shard.mounted_layers import MountedLayers
@@ -112,7 +112,7 @@ class Linking:
     async def _index(self, record: SlotRecord) -> LayerIndex:
         if record.shard == self._layers.shard:
             return (await self._layers.load(record.slot)).index
-        path = os.path.join(self._layers.root, "cache", "index", record.index)
+        path = Root(self._layers.root).cache.index(record.index)
         return await trio.to_thread.run_sync(open_index, path)
 
     def _want(self, shards: Mapping[int, int], slot: int, node: int) -> None:
@@ -124,7 +124,7 @@ class Linking:
             if shard == self._layers.shard:
                 await self.link(slot, node)
             else:
-                path = os.path.join(self._layers.root, "shards", f"{shard}.sock")
+                path = Root(self._layers.root).shard_socket(shard)
                 await channel.call(path, "link", timeout=_CALL_SECONDS, slot=slot, node=node)
         except LazysnapError as error:
             _log.debug("file is not linked", slot=slot, node=node, error=error)

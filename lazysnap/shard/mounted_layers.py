@@ -7,7 +7,6 @@ nothing of FUSE.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import LayerView, open_index
 from lazysnap.owners import Owners, possible_owners
+from lazysnap.paths import Root
 from lazysnap.prefetch.recorder import Recorder
 
 _TIDY_SECONDS = 10.0
@@ -129,7 +129,7 @@ class MountedLayers:
         """The one reader of a layer."""
         reader = self._readers.get(origin.index)
         if reader is None:
-            path = os.path.join(self.root, "cache", "index", origin.index)
+            path = Root(self.root).cache.index(origin.index)
             index = await trio.to_thread.run_sync(open_index, path)
             # Somebody else may have got one meanwhile.
             reader = self._readers.get(origin.index)

@@ -10,6 +10,7 @@ import msgspec
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.errors import Internal
 from lazysnap.fetch.scheduler import Limits
+from lazysnap.paths import Root
 from lazysnap.registry.hosts import RegistrySettings
 
 FIRST_XATTR_SHARD = 64
@@ -54,13 +55,9 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
     named: bool = False
 
 
-def _path(root: str) -> str:
-    return os.path.join(root, "shards", "settings")
-
-
 def serves_xattrs(root: str, number: int) -> bool:
     """Whether a shard serves extended attributes."""
-    return number >= FIRST_XATTR_SHARD or os.path.exists(_everywhere(root))
+    return number >= FIRST_XATTR_SHARD or os.path.exists(Root(root).shard_xattrs)
 
 
 def serve_xattrs_everywhere(root: str) -> None:
@@ -72,16 +69,13 @@ def serve_xattrs_everywhere(root: str) -> None:
     Raises:
         Internal: the disk refuses.
     """
+    path = Root(root).shard_xattrs
     try:
-        os.makedirs(os.path.dirname(_everywhere(root)), mode=0o711, exist_ok=True)
-        with open(_everywhere(root), "w"):
+        os.makedirs(Root(root).shards, mode=0o711, exist_ok=True)
+        with open(path, "w"):
             pass
     except OSError as error:
-        raise Internal(f"cannot write {_everywhere(root)}: {error.strerror}") from error
-
-
-def _everywhere(root: str) -> str:
-    return os.path.join(root, "shards", "xattrs")
+        raise Internal(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_settings(root: str, settings: ShardSettings) -> None:
@@ -90,9 +84,9 @@ def write_settings(root: str, settings: ShardSettings) -> None:
     Raises:
         Internal: the disk refuses.
     """
-    path = _path(root)
+    path = Root(root).shard_settings
     try:
-        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+        os.makedirs(Root(root).shards, mode=0o711, exist_ok=True)
         with open(f"{path}.new", "wb") as file:
             file.write(msgspec.msgpack.encode(settings))
         os.rename(f"{path}.new", path)
@@ -103,7 +97,7 @@ def write_settings(root: str, settings: ShardSettings) -> None:
 def read_settings(root: str) -> ShardSettings:
     """The stored settings; defaults where there are none or they cannot be read."""
     try:
-        with open(_path(root), "rb") as file:
+        with open(Root(root).shard_settings, "rb") as file:
             return msgspec.msgpack.decode(file.read(), type=ShardSettings)
     except (OSError, msgspec.MsgspecError):
         return ShardSettings()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 from collections import OrderedDict
 
 import trio
@@ -21,6 +20,7 @@ from lazysnap import channel, log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, LazysnapError, NotFound
 from lazysnap.layers.store_names import NamedLayer, list_names, read_name
+from lazysnap.paths import Root
 
 _log = log.get(__name__)
 NAME = b"layers"
@@ -64,11 +64,6 @@ def image_inode(reference: str) -> int:
     """The inode number of an image's directory."""
     number = int.from_bytes(hashlib.sha256(reference.encode()).digest()[:8], "big")
     return _VIEW | number & (_IMAGE - 1) | _IMAGE
-
-
-def socket_path(root: str) -> str:
-    """Where the store's daemon answers."""
-    return os.path.join(root, "store.sock")
 
 
 class Names:
@@ -142,7 +137,7 @@ class Names:
             return found
         try:
             slot = await channel.call(
-                socket_path(self._root),
+                Root(self._root).store_socket,
                 "find",
                 timeout=_FIND_SECONDS,
                 reference=reference,
@@ -167,7 +162,7 @@ class Names:
             NotFound: the layer is gone, and its name is forgotten now.
         """
         try:
-            path = socket_path(self._root)
+            path = Root(self._root).store_socket
             await channel.call(path, what, timeout=_NOTE_SECONDS, slot=slot, pid=pid)
         except NotFound:
             self.forget(slot)

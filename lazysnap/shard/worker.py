@@ -43,6 +43,7 @@ from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.layers.slots import LayerOrigin
+from lazysnap.paths import Root
 from lazysnap.prefetch.queue import Ahead
 from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
@@ -93,7 +94,7 @@ class Worker:
         self.root = root
         self.number = number
         self.settings = settings
-        self.cache = Cache(os.path.join(root, "cache"))
+        self.cache = Cache(Root(root).cache.path)
         self.evictor = Evictor(self.cache, settings.cache)
         self.contents = Contents(self.cache, evictor=self.evictor)
         self.scheduler = Scheduler(settings.limits)
@@ -346,7 +347,7 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
     async with Registry(settings.registry) as registry, trio.open_nursery() as nursery:
         worker = Worker(root, number, settings, registry, nursery)
         worker.operations().install(target)
-        socket_path = os.path.join(root, "shards", f"{number}.sock")
+        socket_path = Root(root).shard_socket(number)
         await nursery.start(channel.serve, socket_path, worker.handlers())
         nursery.start_soon(worker.settling.run)
         nursery.start_soon(worker.layers.tidy)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from lazysnap import mounts
 from lazysnap.errors import ConfigError, Internal
 from lazysnap.overlay import fs_path
+from lazysnap.paths import Root
 from lazysnap.snapshotter import directory_tree
 
 _NEW = "new-"
@@ -45,12 +46,12 @@ class Directories:
                 hint="use a path without colon, comma, backslash and line feed",
             )
         try:
-            for path in (root, os.path.join(root, "snapshots")):
+            for path in (root, Root(root).snapshots):
                 os.makedirs(path, mode=0o700, exist_ok=True)
                 # Images hold setuid files; no other user may reach them, whatever the umask is.
                 os.chmod(path, 0o700)
             # Mounts are reported by the kernel under their real names.
-            self.snapshots = os.path.join(os.path.realpath(root), "snapshots")
+            self.snapshots = Root(os.path.realpath(root)).snapshots
         except OSError as error:
             raise Internal(f"cannot make {error.filename}: {error.strerror}") from error
         if not mounts.supports_d_type(self.snapshots):

@@ -15,9 +15,9 @@ import subprocess
 
 from lazysnap import fsconfig, fusermount, mounts
 from lazysnap.errors import FailedPrecondition, Internal
+from lazysnap.paths import Root
 from lazysnap.standalone.image import Composition
 from lazysnap.standalone.processes import COMBINER
-from lazysnap.standalone.teardown import EMPTY
 
 # mount(2) takes a page, with the byte that ends it.
 _MOST_DATA = 4095
@@ -52,7 +52,7 @@ def show(root: str, shown: Composition, source: str, target: str) -> None:
     lower = list(shown.lower)
     if not shown.upper:
         # Overlay wants two at least. It is used for one, too, as only it hides whiteouts.
-        lower.append(os.path.join(root, EMPTY))
+        lower.append(Root(root).empty)
     upper = [("upperdir", shown.upper), ("workdir", shown.work)] if shown.upper else []
     joined = [f"lowerdir={':'.join(lower)}", *(f"{key}={value}" for key, value in upper)]
     if os.geteuid() != 0:

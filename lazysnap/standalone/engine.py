@@ -25,6 +25,7 @@ from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.filesystem.shard_filesystem import ShardFilesystem
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import Opener
+from lazysnap.paths import Root
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
@@ -62,7 +63,7 @@ def new_supervisor(root: str) -> Supervisor:
 
 def open_store(root: str) -> SnapshotStore:
     """The database of a root."""
-    return SnapshotStore(os.path.join(root, "metadata.db"))
+    return SnapshotStore(Root(root).database)
 
 
 def registry_settings(plain_http_hosts: frozenset[str] = frozenset()) -> RegistrySettings:
@@ -94,7 +95,7 @@ async def run(
     """
     changed = _tell_shards(root, settings)
     supervisor = new_supervisor(root)
-    cache = Cache(os.path.join(root, "cache"))
+    cache = Cache(Root(root).cache.path)
     builders = Builders(os.cpu_count() or 1)
     outcome: list[T] = []
     failure: Exception | None = None

@@ -17,6 +17,7 @@ import trio
 
 from lazysnap import log, mounts
 from lazysnap.errors import AlreadyExists, FailedPrecondition, Internal, InvalidArgument
+from lazysnap.paths import Root
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -27,7 +28,7 @@ from lazysnap.standalone.engine import Engine
 from lazysnap.standalone.image import LayerResult, bring, composition
 from lazysnap.standalone.processes import namespace, namespace_is_in_use
 from lazysnap.standalone.records import Record, forget_unused, new_source, records
-from lazysnap.standalone.teardown import EMPTY, take_down
+from lazysnap.standalone.teardown import take_down
 from lazysnap.store.snapshots import SnapshotStore
 
 _log = log.get(__name__)
@@ -134,7 +135,7 @@ async def _mount(
     )
     make = parts.snapshotter.prepare if request.writable else parts.snapshotter.view
     shown = composition(await make(record.key, top, record.labels()))
-    os.makedirs(os.path.join(root, EMPTY), mode=0o755, exist_ok=True)
+    os.makedirs(Root(root).empty, mode=0o755, exist_ok=True)
     _check_mountpoint(root, request.mountpoint)
     await trio.to_thread.run_sync(combining.show, root, shown, source, request.mountpoint)
     return Mounted(record, layers)

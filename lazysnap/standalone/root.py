@@ -12,10 +12,10 @@ import trio
 
 from lazysnap import fusermount, log, mounts
 from lazysnap.errors import ConfigError, FailedPrecondition
+from lazysnap.paths import DEFAULT_STANDALONE_ROOT, Root
+from lazysnap.shard.settings import FIRST_XATTR_SHARD
 
 _log = log.get(__name__)
-_SYSTEM = "/var/lib/lazysnap-standalone"
-_MARK = "standalone"
 _POLL_SECONDS = 0.05
 _TELL_SECONDS = 1.0
 # unix(7): sun_path has 108 bytes, with the one that ends it.
@@ -27,7 +27,7 @@ _NS_GET_USERNS = 0xB701
 def default_root() -> str:
     """`/var/lib/lazysnap-standalone`; for ordinary users, also in a user namespace, one of their own."""
     if mounts.overlay_facts().privileged:
-        return _SYSTEM
+        return DEFAULT_STANDALONE_ROOT
     home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return os.path.join(os.path.abspath(home), "lazysnap")
 
@@ -82,7 +82,7 @@ def _owns_mounts() -> bool:
 
 def exists(root: str) -> bool:
     """Whether there ever was a standalone mount in a root."""
-    return os.path.exists(os.path.join(root, _MARK))
+    return os.path.exists(Root(root).standalone_mark)
 
 
 @asynccontextmanager
@@ -95,20 +95,21 @@ async def taken(root: str) -> AsyncIterator[None]:
     Raises:
         ConfigError: it is not a root of standalone mounts, or cannot be used.
     """
-    if len(os.fsencode(f"{root}/shards/64.sock")) > _MOST_SOCKET:
+    paths = Root(root)
+    if len(os.fsencode(paths.shard_socket(FIRST_XATTR_SHARD))) > _MOST_SOCKET:
         raise ConfigError(
             f"the path {root} is too long for the sockets in it",
             hint="choose a directory with a shorter path with --root",
         )
     try:
         os.makedirs(root, mode=0o700, exist_ok=True)
-        names = set(os.listdir(root)) - {"lock"}
-        if names and _MARK not in names:
+        names = set(os.listdir(root)) - {os.path.basename(paths.lock)}
+        if names and not exists(root):
             raise ConfigError(
                 f"{root} has something else in it",
                 hint="give an empty directory, and not the one of lazysnap serve, with --root",
             )
-        fd = os.open(os.path.join(root, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(
             f"the root {root} cannot be used: {error.strerror}",
@@ -116,7 +117,7 @@ async def taken(root: str) -> AsyncIterator[None]:
         ) from error
     try:
         await _wait_for_turn(fd, root)
-        with open(os.path.join(root, _MARK), "w"):
+        with open(paths.standalone_mark, "w"):
             pass
         yield
     finally:

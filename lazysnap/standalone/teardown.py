@@ -17,13 +17,12 @@ import trio
 
 from lazysnap import log, mounts
 from lazysnap.errors import Internal, LazysnapError
+from lazysnap.paths import Root
 from lazysnap.snapshotter import directory_tree
 from lazysnap.standalone.processes import serving_processes
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
-EMPTY = "empty"
-_DIRECTORIES = ("shards", "slots", "merged", EMPTY)
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
@@ -57,8 +56,8 @@ async def take_down(root: str, supervisor: Supervisor) -> None:
 
 def _unmount_views(root: str) -> None:
     # Before the shards, so that none of these waits for one that has ended.
-    for name in ("merged", "snapshots"):
-        mounts.unmount_below(os.path.join(root, name))
+    for path in (Root(root).merged, Root(root).snapshots):
+        mounts.unmount_below(path)
 
 
 def _end_processes(root: str) -> int:
@@ -72,20 +71,20 @@ def _end_processes(root: str) -> int:
 
 
 def _remove(root: str) -> None:
+    paths = Root(root)
     mounts.unmount_below(root)
     # Of a command that was killed while it tried what the kernel can.
-    for path in glob.glob(os.path.join(glob.escape(root), "cache", "new-*")):
+    for path in glob.glob(os.path.join(glob.escape(paths.cache.path), "new-*")):
         shutil.rmtree(path, ignore_errors=True)
-    snapshots = os.path.join(root, "snapshots")
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(snapshots):
-            path = os.path.join(snapshots, name)
+        for name in os.listdir(paths.snapshots):
+            path = os.path.join(paths.snapshots, name)
             mounts.unmount_below(path)
             directory_tree.remove(path)
-    for name in _DIRECTORIES:
+    for path in (paths.shards, paths.slots, paths.merged, paths.empty):
         try:
-            shutil.rmtree(os.path.join(root, name))
+            shutil.rmtree(path)
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise Internal(f"cannot remove {root}/{name}: {error.strerror}") from error
+            raise Internal(f"cannot remove {path}: {error.strerror}") from error

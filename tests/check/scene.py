@@ -59,7 +59,7 @@ class Scene:
         for name in ("snapshots", "shards", "slots", "cache/index"):
             (self.root / name).mkdir(parents=True, mode=0o700)
         (self.root / "lock").touch(mode=0o600)
-        self.store = SnapshotStore(self.context.below_root("metadata.db"))
+        self.store = SnapshotStore(self.context.paths.database)
         self.plain = self.snapshot("plain")
 
     def snapshot(self, key: str) -> int:
