@@ -1,141 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lazysnap profile`: record, show, move and forget start-up profiles."""
+"""`lazysnap profile`: record, show, move and forget start-up profiles.
+
+The form of earlier releases, without a subcommand, still works; see `profile_old_form`.
+"""
 
 from __future__ import annotations
 
-import json
-import platform as machine
-from pathlib import Path
-
 import click
 
-from lazysnap import config, log, paths
-from lazysnap.cli import interrupt, profile_recording
-from lazysnap.cli.options import config_option, root_option
-from lazysnap.containerd.client import Containerd
-from lazysnap.errors import InvalidArgument, NotFound
-from lazysnap.filesystem.profile_finder import fetch_profiles
-from lazysnap.platforms import Platform
-from lazysnap.prefetch.profile import ARTIFACT_TYPE, Profile, parse, serialize
-from lazysnap.prefetch.profile_store import ProfileStore
-from lazysnap.reference import Reference
-from lazysnap.registry import Registry, push_referrer
+from lazysnap import log
+from lazysnap.cli import profile_actions
+from lazysnap.cli.profile_actions import Node, node_options, recording_options
+from lazysnap.cli.profile_old_form import old_form
+
+plain_http_option = click.option(
+    "--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+image_argument = click.argument("image", metavar="IMAGE")
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
-@click.argument("image", metavar="IMAGE")
-@click.argument("run", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
-@click.option("--address", default=paths.CONTAINERD_ADDRESS, envvar="CONTAINERD_ADDRESS",
-              show_default=True, metavar="SOCKET", help="containerd's socket.")  # fmt: skip
-@click.option("--namespace", "-n", default="default", envvar="CONTAINERD_NAMESPACE",
-              show_default=True, metavar="NAME", help="containerd's namespace.")  # fmt: skip
-@click.option("--snapshotter", default="lazysnap", show_default=True, metavar="NAME",
-              help="Name of the snapshotter in containerd's configuration.")  # fmt: skip
-@config_option
-@root_option
-@click.option("--seconds", default=60.0, show_default=True, help="End the container after so long.")
-@click.option("--export", "export", type=click.Path(), help="Write the profile to a file.")
-@click.option("--import", "import_", type=click.Path(), help="Take the profile from a file.")
-@click.option("--push", is_flag=True, help="Store the profile in the registry beside the image.")
-@click.option("--fetch", is_flag=True, help="Take the profiles that the registry has.")
-@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
-@click.option("--forget", is_flag=True, help="Remove what is known of the image.")
-@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
-def command(
-    image: str,
-    run: tuple[str, ...],
-    address: str,
-    namespace: str,
-    snapshotter: str,
-    config_path: str | None,
-    root: str | None,
-    seconds: float,
-    export: str | None,
-    import_: str | None,
-    push: bool,
-    fetch: bool,
-    plain_http: bool,
-    forget: bool,
-    as_json: bool,
-) -> None:
-    """Learn what IMAGE reads while CMD starts, so that it is fetched first the next time.
+class _Group(click.Group):
+    """The subcommands; what begins with anything else is the old form.
 
-    With a command after `--` the command is run in a container, and what it reads is recorded and
-    joined with what is known. Without one, the profile that is known is shown or moved.
+    `--` before an image that has the name of a subcommand makes it the old form, too.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if self._is_old(args) and args[0] not in ctx.help_option_names:
+            args = ["--", *args]  # its options are not those of the group
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return ("", old_form, args) if self._is_old(args) else super().resolve_command(ctx, args)
+
+    def _is_old(self, args: list[str]) -> bool:
+        return bool(args) and args[0] not in self.commands
+
+
+@click.group(cls=_Group)
+def command() -> None:
+    """Learn what an image reads while it starts, so that it is fetched first the next time.
+
+    A node learns profiles by itself (see `learn_profiles` in the configuration). Record one on
+    purpose, and push it to the registry or copy it as a file, to give it to nodes that have never
+    run the image. IMAGE is the image's name in containerd.
+
+    \b
+    Examples:
+      lazysnap profile record registry.example/app:1 -- app --version
+      lazysnap profile push registry.example/app:1
     """
     log.setup("warning")
-    directory = root or config.load(config_path).root
-    store = ProfileStore(directory)
-    ctr = ["ctr", "--address", address, "--namespace", namespace]
-
-    async def find() -> profile_recording.LocalImage:
-        async with Containerd(address, namespace) as containerd:
-            here = Platform.parse(f"linux/{machine.machine()}")
-            return await profile_recording.find_image(containerd, image, here)
-
-    async def record(found: profile_recording.LocalImage) -> Profile:
-        return await profile_recording.record(
-            found, run, root=directory, ctr=ctr, snapshotter=snapshotter, seconds=seconds
-        )
-
-    found = interrupt.run(find)
-    manifest = found.manifest.digest
-    if forget:
-        store.remove(manifest)
-    if import_:
-        store.add(_imported(import_, manifest))
-    if fetch:
-        for each in interrupt.run(lambda: _fetch(found, plain_http)):
-            store.add(each)
-    if run:
-        store.add(interrupt.run(lambda: record(found)))
-    profile = store.find(manifest)
-    if profile is None:
-        if forget:
-            return
-        raise NotFound(f"no profile of {image} is known", hint=f"lazysnap profile {image} -- CMD")
-    if push:
-        pushed = profile
-        interrupt.run(lambda: _push(found, pushed, plain_http))
-    if export:
-        Path(export).write_bytes(serialize(profile))
-    click.echo(serialize(profile).decode() if as_json else _as_text(profile))
 
 
-async def _fetch(image: profile_recording.LocalImage, plain_http: bool) -> list[Profile]:
-    reference = Reference.parse(image.name)
-    async with Registry() as registry:
-        if plain_http:
-            registry.allow_plain_http(reference.host)
-        return await fetch_profiles(registry, reference, image.manifest.digest)
+@command.command()
+@image_argument
+@click.argument("run", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
+@node_options
+@recording_options
+@json_option
+def record(
+    image: str, run: tuple[str, ...], node: Node, snapshotter: str, seconds: float, as_json: bool
+) -> None:
+    """Run CMD in a container of IMAGE, and record what it reads.
+
+    Without CMD, the image's own command is run. What is recorded is joined with the profile that is
+    already known. The image has to be pulled before, with lazy layers.
+
+    \b
+    Example:
+      lazysnap profile record registry.example/app:1 -- app --version
+    """
+    found = profile_actions.find(node, image)
+    profile = profile_actions.record(node, found, run, snapshotter=snapshotter, seconds=seconds)
+    profile_actions.show(profile, as_json=as_json)
 
 
-async def _push(image: profile_recording.LocalImage, profile: Profile, plain_http: bool) -> None:
-    reference = Reference.parse(image.name)
-    async with Registry() as registry:
-        if plain_http:
-            registry.allow_plain_http(reference.host)
-        await push_referrer(
-            registry, reference, image.manifest, ARTIFACT_TYPE, serialize(profile), ARTIFACT_TYPE
-        )
+@command.command()
+@image_argument
+@node_options
+@json_option
+def show(image: str, node: Node, as_json: bool) -> None:
+    """Show the profile of IMAGE: how many files and bytes of each layer.
+
+    \b
+    Example:
+      lazysnap profile show registry.example/app:1 --json
+    """
+    profile_actions.show(profile_actions.known(node, image)[1], as_json=as_json)
 
 
-def _imported(path: str, manifest: str) -> Profile:
-    try:
-        profile = parse(Path(path).read_bytes())
-    except OSError as error:
-        raise InvalidArgument(f"{path} cannot be read: {error.strerror}") from error
-    if profile.manifest != manifest:
-        raise InvalidArgument(f"{path} is of manifest {profile.manifest}, the image has {manifest}")
-    return profile
+@command.command()
+@image_argument
+@node_options
+@plain_http_option
+def push(image: str, node: Node, plain_http: bool) -> None:
+    """Store the profile of IMAGE in the registry, beside the image.
+
+    It becomes an OCI artifact that refers to the image's manifest. Nodes look for it when they pull
+    the image (see `find_profiles` in the configuration).
+
+    \b
+    Example:
+      lazysnap profile push registry.example/app:1
+    """
+    found, profile = profile_actions.known(node, image)
+    profile_actions.push(found, profile, plain_http=plain_http)
 
 
-def _as_text(profile: Profile) -> str:
-    lines = [f"manifest {profile.manifest}"]
-    if profile.command:
-        lines.append(f"command {json.dumps(profile.command)}")
-    for digest, reads in profile.layers.items():
-        size = sum(read.length for read in reads)
-        files = len({read.path for read in reads})
-        lines.append(f"{digest[7:19]} {files:6} files {len(reads):6} ranges {size:12} bytes")
-    return "\n".join(lines)
+@command.command()
+@image_argument
+@node_options
+@plain_http_option
+@json_option
+def fetch(image: str, node: Node, plain_http: bool, as_json: bool) -> None:
+    """Take the profiles of IMAGE that the registry has.
+
+    They are joined with the profile that is already known.
+
+    \b
+    Example:
+      lazysnap profile fetch registry.example/app:1
+    """
+    found = profile_actions.find(node, image)
+    profile = profile_actions.fetch(node, found, plain_http=plain_http)
+    profile_actions.show(profile, as_json=as_json)
+
+
+@command.command("import", short_help="Take the profile of IMAGE from a file.")
+@image_argument
+@click.argument("file", type=click.Path(allow_dash=True))
+@node_options
+@json_option
+def import_(image: str, file: str, node: Node, as_json: bool) -> None:
+    """Take the profile of IMAGE from FILE, which `lazysnap profile export` has written.
+
+    It is joined with the profile that is already known. The file must be of the same manifest. With -
+    as FILE, the profile is read from standard input.
+
+    \b
+    Example:
+      lazysnap profile import registry.example/app:1 app.json
+    """
+    found = profile_actions.find(node, image)
+    profile_actions.show(profile_actions.import_(node, found, file), as_json=as_json)
+
+
+@command.command(short_help="Write the profile of IMAGE to a file.")
+@image_argument
+@click.argument("file", type=click.Path(allow_dash=True))
+@node_options
+def export(image: str, file: str, node: Node) -> None:
+    """Write the profile of IMAGE to FILE, for `lazysnap profile import` on another node.
+
+    With - as FILE, the profile is written to standard output.
+
+    \b
+    Example:
+      lazysnap profile export registry.example/app:1 app.json
+    """
+    profile_actions.export(profile_actions.known(node, image)[1], file)
+
+
+@command.command()
+@image_argument
+@node_options
+def forget(image: str, node: Node) -> None:
+    """Remove the profile of IMAGE from this node.
+
+    \b
+    Example:
+      lazysnap profile forget registry.example/app:1
+    """
+    if not profile_actions.forget(node, profile_actions.find(node, image)):
+        click.echo(f"no profile of {image} was known", err=True)

@@ -160,7 +160,11 @@ async def _run(
     try:
         with trio.move_on_after(seconds):
             done = await trio.run_process(
-                words, capture_stderr=True, stdout=subprocess.DEVNULL, check=False
+                words,
+                capture_stderr=True,
+                stdout=subprocess.DEVNULL,
+                check=False,
+                deliver_cancel=_kill,
             )
     except OSError as error:
         raise Internal(f"cannot run {words[0]}: {error.strerror}") from error
@@ -174,6 +178,11 @@ async def _run(
     if done is not None and done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip()[-500:]
         raise Internal(f"the container ended with exit status {done.returncode}: {said}")
+
+
+async def _kill(process: trio.Process) -> None:
+    # Not SIGTERM: ctr passes that on, and a container's first process may ignore it.
+    process.kill()
 
 
 async def _quietly(words: Sequence[str]) -> None:

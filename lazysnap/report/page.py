@@ -151,7 +151,7 @@ def _prefetch(report: Report) -> Iterator[Element]:
         yield element(
             "p",
             "Reads that do not wait are known from a profile only. Have it learned"
-            " (learn_profiles), or run `lazysnap profile IMAGE -- COMMAND`.",
+            " (learn_profiles), or run `lazysnap profile record IMAGE -- COMMAND`.",
         )
 
 

@@ -130,8 +130,9 @@ class Scene:
         reference = self.origin.reference(image, self._form, self.network)
         profile = self.work / "profile.json"
         places = ("--address", self.client.address, "--root", self.work / LAZYSNAP)
-        what = (reference, "--export", profile, "--plain-http")
-        run([sides.LAZYSNAP, "profile", *what, *places, "--", *command], timeout=300)
+        words = [sides.LAZYSNAP, "profile"]
+        run([*words, "record", *places, reference, "--", *command], timeout=300)
+        run([*words, "export", *places, reference, profile], timeout=300)
         return profile.read_bytes()
 
     def know(self, profile: bytes) -> None:

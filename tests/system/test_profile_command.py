@@ -7,8 +7,9 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -27,13 +28,28 @@ def it(tmp_path: Path) -> Iterator[Stack]:
         yield it
 
 
-def _profile(it: Stack, reference: str, *arguments: str) -> str:
-    command = [
-        *(sys.executable, "-m", "lazysnap", "profile", reference, "--address"),
-        *(it.containerd.address, "--root", str(it.lazysnap.root), "--plain-http", *arguments),
+def _run(it: Stack, *arguments: str, command: Sequence[str] = ()) -> CompletedProcess[str]:
+    words = [
+        *(sys.executable, "-m", "lazysnap", "profile", *arguments, "--address"),
+        *(it.containerd.address, "--root", str(it.lazysnap.root)),
+        *(["--", *command] if command else []),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def _profile(it: Stack, *arguments: str, command: Sequence[str] = ()) -> str:
+    done = _run(it, *arguments, command=command)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def _old(it: Stack, *arguments: str, command: Sequence[str] = ()) -> str:
+    """The form without subcommands, which says that it is old."""
+    done = _run(it, *arguments, "--plain-http", command=command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("note: this is the old form of `lazysnap profile ")
+    assert done.stderr.count("\n") == 1
     return done.stdout
 
 
@@ -58,11 +74,12 @@ def _forget_everything(it: Stack, reference: str) -> None:
 def test_a_profile_goes_through_the_registry_to_a_node_that_never_ran_the_image(it: Stack) -> None:
     reference = _push(it)
     it.pull(reference)
-    shown = _profile(it, reference, "--json", "--", "sh", "-c", "cat /data/many/007 >/dev/null")
+    command = ("sh", "-c", "cat /data/many/007 >/dev/null")
+    shown = _profile(it, "record", reference, "--json", command=command)
     reads = [read for each in json.loads(shown)["layers"].values() for read in each]
     assert ["data/many/007", 0, 49] in [read[:3] for read in reads]
     assert "data/many/030" not in [read[0] for read in reads]
-    _profile(it, reference, "--push")
+    assert _profile(it, "push", reference, "--plain-http") == ""
     _forget_everything(it, reference)
     _profile_files(it)[0].unlink()
     it.lazysnap.stop()  # which remembers for some minutes that there was none
@@ -81,22 +98,53 @@ def test_a_profile_goes_through_a_file(it: Stack) -> None:
     reference = _push(it)
     it.pull(reference)
     file = it.directory / "profile.json"
-    _profile(it, reference, "--export", str(file), "--", "cat", "/data/hello")
+    _profile(it, "record", reference, command=("cat", "/data/hello"))
+    _profile(it, "export", reference, str(file))
     _profile_files(it)[0].unlink()
-    _profile(it, reference, "--import", str(file))
+    _profile(it, "import", reference, str(file))
     assert json.loads(_profile_files(it)[0].read_text()) == json.loads(file.read_text())
-    _profile(it, reference, "--forget")
+    _profile(it, "forget", reference)
     assert _profile_files(it) == []
+
+
+def test_a_profile_is_fetched_on_purpose(it: Stack) -> None:
+    reference = _push(it)
+    it.pull(reference)
+    _profile(it, "record", reference, command=("cat", "/data/hello"))
+    recorded = json.loads(_profile(it, "show", reference, "--json"))
+    _profile(it, "push", reference, "--plain-http")
+    _profile(it, "forget", reference)
+    fetched = json.loads(_profile(it, "fetch", reference, "--plain-http", "--json"))
+    assert fetched == recorded == json.loads(_profile_files(it)[0].read_text())
+
+
+def test_the_image_s_own_command_is_recorded_until_the_time_is_over(it: Stack) -> None:
+    reference = _push(it)
+    it.pull(reference)  # its command is a shell, which ctr gives an input without an end
+    assert '["bin/sh"' in _profile(it, "record", reference, "--seconds", "5", "--json")
+    assert it.containerd.ctr("containers", "ls", "-q") == ""
+    assert it.containerd.ctr("tasks", "ls", "-q") == ""
+
+
+def test_the_old_form_does_all_that_it_did(it: Stack) -> None:
+    reference = _push(it)
+    it.pull(reference)
+    file = it.directory / "profile.json"
+    recorded = _old(it, reference, "--json", "--export", str(file), command=("cat", "/data/hello"))
+    assert json.loads(recorded) == json.loads(file.read_text())
+    assert _old(it, reference).startswith("manifest sha256:")
+    _old(it, reference, "--push")
+    assert _old(it, reference, "--forget") == ""
+    assert _profile_files(it) == []
+    assert _old(it, reference, "--json", "--fetch") == recorded
+    _profile_files(it)[0].unlink()
+    assert _old(it, reference, "--json", "--import", str(file)) == recorded
 
 
 def test_an_image_that_is_not_lazy_here_is_refused_with_a_hint(it: Stack) -> None:
     reference = it.push_busybox("plain", ["plain"] * 3)
     it.pull(reference)
-    command = [
-        *(sys.executable, "-m", "lazysnap", "profile", reference, "--address"),
-        *(it.containerd.address, "--root", str(it.lazysnap.root), "--", "true"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(it, "record", reference, command=("true",))
     assert done.returncode == 1
     assert "no layer of" in done.stderr
     assert "hint: " in done.stderr
