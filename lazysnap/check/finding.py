@@ -69,18 +69,18 @@ def warning(summary: str, detail: str = "", hint: str = "", fix: Fix | None = No
     return Finding(Level.WARNING, summary, detail, hint, fix=fix)
 
 
-UNTOLD_HINT = "run this as root; what other findings and the kernel log (dmesg) say may explain it"
+UNKNOWN_HINT = "run this as root; what other findings and the kernel log (dmesg) say may explain it"
 """What to do when something could not be looked at, if nobody knows better."""
 
 
-def untold(why: object, hint: str | None = "") -> Finding:
+def unknown(why: object, hint: str | None = "") -> Finding:
     """Something that could not be looked at.
 
     Args:
         why: an error, or words.
         hint: what to do, if that is known.
     """
-    return warning(f"cannot be told: {why}", hint=hint or UNTOLD_HINT)
+    return warning(f"cannot be told: {why}", hint=hint or UNKNOWN_HINT)
 
 
 def failure(summary: str, detail: str = "", hint: str = "", fix: Fix | None = None) -> Finding:

@@ -13,6 +13,7 @@ from lazysnap.check.finding import Context, Finding, Probe, failure, info, warni
 from lazysnap.check.state import environment
 from lazysnap.credentials.docker_config import DockerConfig
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
+from lazysnap.formats.location import CONVERT_HINT
 from lazysnap.layers.builder_pool import Builders
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.platforms import Platform
@@ -20,7 +21,6 @@ from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 
 _BUILDERS = 2
-_CONVERT = "convert the image to eStargz or zstd:chunked"
 _NOT_LAZY = (NotLazy, FormatError, DigestMismatch, RangesUnsupported)
 """Errors that say something of the layer or its registry for good."""
 
@@ -76,19 +76,11 @@ async def _layers(
 
 
 async def _layer(opener: Opener, reference: Reference, layer: oci.Descriptor, name: str) -> Finding:
-    source = LayerSource(
-        reference,
-        layer.digest,
-        layer.size,
-        layer.media_type,
-        layer.annotations or {},
-        complete=True,
-    )
     try:
-        await opener.open(source)
+        await opener.open(LayerSource.of(layer, reference))
     except _NOT_LAZY as error:
         summary = f"{name} is downloaded and unpacked: {error.reason}"
-        return warning(summary, str(error), error.hint or _CONVERT)
+        return warning(summary, str(error), error.hint or CONVERT_HINT)
     except LazysnapError as error:
         return failure(f"{name} cannot be read: {error}", hint=error.hint or "")
     return info(f"{name} is lazy")

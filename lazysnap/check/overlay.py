@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import trio
 
 from lazysnap import mounts
-from lazysnap.check.finding import Context, Finding, Probe, failure, info, untold, warning
+from lazysnap.check.finding import Context, Finding, Probe, failure, info, unknown, warning
 from lazysnap.check.state import scratch
 
 
@@ -51,7 +51,7 @@ async def opaque(context: Context) -> list[Finding]:
     if outcome == "no":
         return []
     if outcome != "yes":
-        return [untold(outcome)]
+        return [unknown(outcome)]
     return [
         warning(
             "this kernel copies the mark of opaque directories up into containers",
@@ -89,7 +89,7 @@ def _wanted(outcome: str, summary: str) -> list[Finding]:
     if outcome == "yes":
         return []
     if outcome != "no":
-        return [untold(outcome)]
+        return [unknown(outcome)]
     why = "trees of lazy layers are served by FUSE, which is slower"
     return [info(summary, why, "use a newer kernel for faster lookups")]
 

@@ -17,7 +17,7 @@ from typing import cast
 
 import trio
 
-from lazysnap.check.finding import Context, Finding, Level, Probe, untold, warning
+from lazysnap.check.finding import Context, Finding, Level, Probe, unknown, warning
 from lazysnap.errors import LazysnapError
 
 _DEFECT = "this is a defect of lazysnap check: please report it with its detail"
@@ -56,9 +56,9 @@ async def _look(context: Context, probe: Probe) -> list[Finding]:
                 lambda: list(look(context)), abandon_on_cancel=True
             )
         except LazysnapError as error:
-            return [untold(error, error.hint)]
+            return [unknown(error, error.hint)]
         except OSError as error:
-            return [untold(error, _os_hint(error))]
+            return [unknown(error, _os_hint(error))]
         except Exception as error:  # an edge: one defect must not hide what the others find
             where = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{os.path.basename(where.filename)}:{where.lineno}"

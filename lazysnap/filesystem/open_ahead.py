@@ -105,15 +105,7 @@ class OpenAhead:
 
     def _all(self, reference: Reference, digest: Digest, manifest: oci.Manifest) -> None:
         for layer in manifest.layers or ():
-            source = LayerSource(
-                reference,
-                layer.digest,
-                layer.size,
-                layer.media_type,
-                layer.annotations or {},
-                digest,
-                complete=True,
-            )
+            source = LayerSource.of(layer, reference, digest)
             self._nursery.start_soon(self._open, source)
 
     async def _open(self, source: LayerSource) -> None:

@@ -111,10 +111,10 @@ class ShardFilesystem:
         source = LayerSource(
             reference,
             request.layer_digest,
-            request.layer_size,
-            request.media_type,
-            request.annotations,
-            request.manifest_digest,
+            size=request.layer_size,
+            media_type=request.media_type,
+            annotations=request.annotations,
+            manifest=request.manifest_digest,
             complete=request.media_type is not None,
         )
         opened = await self._opener.open(source)
@@ -330,7 +330,7 @@ class ShardFilesystem:
             source = LayerSource(
                 Reference.parse(record.reference),
                 Digest.parse(record.layer_digest),
-                record.blob_size,
+                size=record.blob_size,
                 annotations=record.annotations,
                 complete=True,
             )

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import trio
 
@@ -68,11 +68,33 @@ class LayerSource:
 
     reference: Reference
     digest: Digest
+    _: KW_ONLY
     size: int | None = None
     media_type: str | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     manifest: Digest | None = None
     complete: bool = False
+
+    @classmethod
+    def of(
+        cls, layer: oci.Descriptor, reference: Reference, manifest: Digest | None = None
+    ) -> LayerSource:
+        """A layer as its manifest describes it, so that nothing more is to be known.
+
+        Args:
+            layer: its descriptor.
+            reference: image that it is fetched by.
+            manifest: digest of the manifest, if that is to be remembered.
+        """
+        return cls(
+            reference,
+            layer.digest,
+            size=layer.size,
+            media_type=layer.media_type,
+            annotations=layer.annotations or {},
+            manifest=manifest,
+            complete=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
