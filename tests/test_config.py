@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from lazysnap import config
+from lazysnap import config, config_file
 from lazysnap.errors import ConfigError
 
 
 def test_an_empty_file_is_the_defaults() -> None:
-    assert config.parse("", "f") == config.Config()
+    assert config_file.parse("", "f") == config.Config()
     assert config.Config().root == "/var/lib/lazysnap"
 
 
 def test_values_are_taken() -> None:
-    read = config.parse('root = "/x"\n[shards]\ncount = 3\n[lazy]\nenabled = false', "f")
+    read = config_file.parse('root = "/x"\n[shards]\ncount = 3\n[lazy]\nenabled = false', "f")
     assert (read.root, read.shard_count(), read.lazy.enabled) == ("/x", 3, False)
 
 
 def test_an_unknown_key_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse("[shards]\ncuont = 3", "f")
+        config_file.parse("[shards]\ncuont = 3", "f")
     assert "cuont" in str(caught.value)
     assert caught.value.hint == "did you mean 'count'?"
 
@@ -50,20 +50,20 @@ def test_an_unknown_key_is_an_error_with_the_nearest_name() -> None:
 )
 def test_wrong_values_are_errors_that_name_key_and_line(text: str, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse(text, "f")
+        config_file.parse(text, "f")
     assert caught.value.message.startswith(where)
     assert "`" not in caught.value.message
 
 
 def test_a_key_in_the_wrong_table_is_found() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse("size_limit_bytes = 3", "f")
+        config_file.parse("size_limit_bytes = 3", "f")
     assert caught.value.hint == "did you mean 'cache.size_limit_bytes'?"
 
 
 @pytest.mark.parametrize("address", ["", "unix:/run/m.sock", "127.0.0.1:9464", "[::1]:9464"])
 def test_addresses_of_metrics(address: str) -> None:
-    assert config.parse(f'metrics_address = "{address}"', "f").metrics_address == address
+    assert config_file.parse(f'metrics_address = "{address}"', "f").metrics_address == address
 
 
 def test_every_key_is_explained_and_there_are_not_too_many() -> None:
@@ -77,7 +77,7 @@ def test_every_key_is_explained_and_there_are_not_too_many() -> None:
 
 def test_changed_keys_are_told() -> None:
     old = config.Config()
-    new = config.parse('root = "/x"\n[cache]\nsize_limit_bytes = 5\n', "f")
+    new = config_file.parse('root = "/x"\n[cache]\nsize_limit_bytes = 5\n', "f")
     assert [(key.path, key.reloads) for key in config.changed(old, new)] == [
         ("root", False),
         ("cache.size_limit_bytes", True),
@@ -87,11 +87,11 @@ def test_changed_keys_are_told() -> None:
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no"):
-        config.load(str(tmp_path / "none"))
+        config_file.load(str(tmp_path / "none"))
     path = tmp_path / "c.toml"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
-        config.load(str(path))
+        config_file.load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_a_named_file_must_exist(tmp_path: Path) -> None:
 )
 def test_limits_of_the_cache_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
-        config.parse(f"[cache]\n{text}\n", "c.toml")
+        config_file.parse(f"[cache]\n{text}\n", "c.toml")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lazysnap import config
-from lazysnap.config import Config, parse
+from lazysnap.config import Config
+from lazysnap.config_file import parse
 from tests.support.stack import Stack, stack, wait_until
 
 SECONDS = 60

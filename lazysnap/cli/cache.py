@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from lazysnap import config, log
+from lazysnap import config_file, log
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits, exclusive
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
@@ -71,7 +71,7 @@ def _located(function: Callable[..., None]) -> Callable[..., None]:
 @contextlib.contextmanager
 def _opened(ctx: click.Context) -> Iterator[tuple[Cache, CacheLimits, str]]:
     """The cache, its limits and lazysnap's root; translates what the disk refuses."""
-    settings = config.load(ctx.obj.get("config"))
+    settings = config_file.load(ctx.obj.get("config"))
     root = os.path.abspath(ctx.obj.get("root") or settings.root)
     path = Root(root).cache.path
     limits = CacheLimits(

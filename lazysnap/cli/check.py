@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 import trio
 
-from lazysnap import config, log, paths
+from lazysnap import config_file, log, paths
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
@@ -62,7 +62,7 @@ def command(
     log.setup("error")
     findings: list[Finding] = []
     try:
-        settings = config.load(config_path)
+        settings = config_file.load(config_path)
     except ConfigError as error:
         settings = Config()
         findings.append(_config_failure(error))

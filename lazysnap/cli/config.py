@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lazysnap import config
+from lazysnap import config, config_file
 from lazysnap.cli.options import config_option
 from lazysnap.config import Config, Key
 
@@ -28,9 +28,9 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(config_path: str | None, as_json: bool) -> None:
     """Print all settings with their values, and where each comes from."""
-    settings = config.load(config_path)
-    where = config_path or config.DEFAULT_PATH
-    origins = _origins(config.read(config_path) or "", where)
+    settings = config_file.load(config_path)
+    where = config_path or config_file.DEFAULT_PATH
+    origins = _origins(config_file.read(config_path) or "", where)
     if as_json:
         document = {
             key.path: {
@@ -59,8 +59,8 @@ def check(file: str | None) -> None:
 
     Exit status: 0 if it can be used, 2 if not.
     """
-    path = file or config.DEFAULT_PATH
-    config.load(path)
+    path = file or config_file.DEFAULT_PATH
+    config_file.load(path)
     click.echo(f"{path}: good")
 
 
@@ -106,7 +106,7 @@ def _origins(text: str, where: str) -> dict[str, str]:
     for key in config.all_keys():
         table = document.get(key.section, {}) if key.section else document
         if key.name in table:
-            line = config.line_of(text, key.path)
+            line = config_file.line_of(text, key.path)
             found[key.path] = f"{where}:{line}" if line else where
     return found
 

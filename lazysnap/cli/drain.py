@@ -16,7 +16,7 @@ from typing import Any
 import click
 import trio
 
-from lazysnap import channel, config, log
+from lazysnap import channel, config_file, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.root_state import inquire
@@ -59,7 +59,7 @@ def command(
     Exit status: 1 if something could not be fetched.
     """
     log.setup("error")
-    directory = readable_root(root or config.load(config_path).root)
+    directory = readable_root(root or config_file.load(config_path).root)
 
     async def work() -> list[dict[str, Any]]:
         meant = chosen(await inquire(directory), images)

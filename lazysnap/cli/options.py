@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import click
 
-from lazysnap import config
+from lazysnap import config_file
 
-CONFIG_HELP = f"Configuration file (TOML).  [default: {config.DEFAULT_PATH}, if it is there]"
+CONFIG_HELP = f"Configuration file (TOML).  [default: {config_file.DEFAULT_PATH}, if it is there]"
 ROOT_HELP = "Directory of all of lazysnap's state.  [default: as in the configuration file]"
 
 config_option = click.option("--config", "config_path", type=click.Path(), help=CONFIG_HELP)

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from lazysnap import config, paths
+from lazysnap import config_file, paths
 from lazysnap.cli import interrupt, profile_recording
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.profile_recording import LocalImage
@@ -56,7 +56,7 @@ def node_options(function: Callable[..., None]) -> Callable[..., None]:
     def with_node(
         address: str, namespace: str, config_path: str | None, root: str | None, **others: Any
     ) -> None:
-        directory = root or config.load(config_path).root
+        directory = root or config_file.load(config_path).root
         function(node=Node(directory, address, namespace), **others)
 
     options = (

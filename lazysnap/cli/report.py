@@ -12,7 +12,7 @@ import click
 import msgspec
 import trio
 
-from lazysnap import config, log
+from lazysnap import config_file, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.drain import chosen
 from lazysnap.cli.options import config_option, root_option
@@ -49,7 +49,7 @@ def command(
     log.setup("error")
     if as_json and output == "-":
         raise InvalidArgument("--json and --output - both want the standard output")
-    directory = readable_root(root or config.load(config_path).root)
+    directory = readable_root(root or config_file.load(config_path).root)
     report = interrupt.run(lambda: _look(directory, image))
     path = output or ("" if as_json else _OUTPUT)
     if path:

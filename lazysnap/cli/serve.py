@@ -7,7 +7,7 @@ import click
 import msgspec
 import trio
 
-from lazysnap import config, log
+from lazysnap import config, config_file, log
 from lazysnap.cli.options import config_option, root_option
 
 
@@ -45,7 +45,7 @@ def command(
     given = {"root": root, "address": address, "log_level": log_level}
 
     def load() -> config.Config:
-        settings = config.load(config_path)
+        settings = config_file.load(config_path)
         return msgspec.structs.replace(settings, **{k: v for k, v in given.items() if v})
 
     settings = load()

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import trio
 
-from lazysnap import config, log
+from lazysnap import config_file, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.root_state import inquire
@@ -52,7 +52,7 @@ def command(
     Exit status: 1 if a shard does not answer.
     """
     log.setup("error")
-    directory = readable_root(root or config.load(config_path).root)
+    directory = readable_root(root or config_file.load(config_path).root)
 
     async def look() -> dict[str, Any]:
         return await inquire(directory)

@@ -7,7 +7,7 @@ import click
 import msgspec
 import trio
 
-from lazysnap import config, log, paths
+from lazysnap import config, config_file, log, paths
 from lazysnap.cli.options import config_option
 
 
@@ -65,7 +65,7 @@ def command(
         given["log_level"] = log_level
 
     def load() -> config.Config:
-        return msgspec.structs.replace(config.load(config_path), **given)
+        return msgspec.structs.replace(config_file.load(config_path), **given)
 
     settings = load()
     log.setup(settings.log_level, settings.log_format)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from lazysnap import config
+from lazysnap import config, config_file
 from lazysnap.cli import main
 
 
@@ -20,7 +20,7 @@ def _run(*arguments: str) -> Result:
 def test_the_sample_says_what_is_so_without_it() -> None:
     result = _run("default")
     assert result.exit_code == 0
-    assert config.parse(result.stdout, "sample") == config.Config()
+    assert config_file.parse(result.stdout, "sample") == config.Config()
     document = tomllib.loads(result.stdout)
     for key in config.all_keys():
         table = document[key.section] if key.section else document
@@ -41,7 +41,7 @@ def test_what_is_in_force_and_where_it_comes_from(tmp_path: Path) -> None:
     assert shown["registry.plain_http_hosts"]["origin"] == f"{path}:5"
     assert shown["fetch.connections"]["origin"] == "default"
     text = _run("show", "--config", str(path)).stdout
-    assert config.parse(text, "shown") == config.load(str(path))  # it is a file again
+    assert config_file.parse(text, "shown") == config_file.load(str(path))  # it is a file again
     assert f"# {path}:3" in text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from lazysnap import config, oci
+from lazysnap import config, config_file, oci
 from lazysnap.cli import main, profile_actions, profile_recording
 from lazysnap.cli.profile_recording import LocalImage
 from lazysnap.digest import Digest
@@ -74,7 +74,7 @@ def it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setattr(profile_recording, "record", it.record)
     monkeypatch.setattr(profile_actions, "push_referrer", it.push)
     monkeypatch.setattr(profile_actions, "fetch_profiles", it.fetch)
-    monkeypatch.setattr(config, "load", lambda _: config.Config(root=str(tmp_path)))
+    monkeypatch.setattr(config_file, "load", lambda _: config.Config(root=str(tmp_path)))
     return it
 
 
