@@ -30,7 +30,7 @@ class Cache:
         self.objects = ObjectStore(self.paths.objects, self.paths.aside)
 
     def recover_after_boot(self) -> None:
-        """Take from the kernel what may not have reached the disk; to be called before it reads objects.
+        """Distrust objects that may not have reached the disk; to be called before the kernel reads any.
 
         Looks at all objects, but only once after each boot, or mount of the file system.
 

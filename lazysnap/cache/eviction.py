@@ -10,8 +10,8 @@ Removing never breaks a reader: those who have a file open go on reading it, and
 when the last of them closes it (see `Contents.sweep`). All methods may be called from any thread.
 
 What the kernel reads by itself has no time of last use but that of its first one. So whenever something
-goes, what would go next is put on probation (see `ObjectStore.put_on_probation`): who uses it then has to
-ask, and the next time only what nobody asked for goes.
+goes, what would go next is put on probation (see `object_states`): whoever uses it then has to ask, and
+the next time only what nobody asked for goes.
 
 Invariant: what goes was used before what stays, to the hour, as far as uses are known.
 """

@@ -68,6 +68,16 @@ def seal(fd: int, key: bytes) -> None:
     _set_times(fd, accessed, divmod(seal_time(key), NANOSECONDS))
 
 
+def break_seal(fd: int) -> None:
+    """Make an object one that is not sealed, and that looks as if it was written just now.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    accessed = divmod(os.fstat(fd).st_atime_ns, NANOSECONDS)  # both times, as above
+    _set_times(fd, accessed, (0, _NOW))
+
+
 def sync_filesystem(fd: int) -> None:
     """Write all that is dirty in the file system of `fd` to its disk (syncfs(2)).
 

@@ -38,7 +38,7 @@ class Settling:
         contents: the process's table of open contents.
         seconds: time between two syncs of the cache.
         watch: of the objects; it is closed in the end.
-        hold: decides what is kept from the kernel's sight; called every so many seconds.
+        hold: decides which objects are held; called every so many seconds.
         opened: told the keys of objects that were opened.
 
     Attributes:
@@ -91,7 +91,7 @@ class Settling:
     async def _examine(self) -> None:
         """Look at all objects, as some may have been changed unnoticed."""
         _log.warning("changes of cached objects were missed, all are looked at")
-        self._objects.distrust()
+        self._objects.distrust_new()
         self._contents.close()
         try:
             await trio.to_thread.run_sync(self._objects.recover)
@@ -105,7 +105,7 @@ class Settling:
         changed, opened = self._watch.take()
         for key in changed:
             _log.warning("cached object was changed, it is verified again", digest=key.hex())
-            self._objects.demote(key)
+            self._objects.distrust(key)
             self._contents.forget(key)
         if opened:
             self._opened(opened)

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notes what is read of the layers of a shard while a start is watched, for a profile.
 
-What the kernel reads by itself tells nobody, but that it opens an object can be watched, and who opens a
-small file reads all of it. So meanwhile only new objects that are larger are kept out of the kernel's
-sight. For a profile that is made on purpose all are, old ones as well.
+What the kernel reads by itself is not seen, but that it opens an object can be watched, and whoever opens a
+small file reads all of it. So meanwhile only new objects that are larger are held (see
+`cache.object_states`). For a profile that is made on purpose all are, old ones as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import stat
 import time
 from collections.abc import Iterable, Sequence
@@ -42,9 +41,9 @@ class Recording:
 
     Args:
         layers: of the shard.
-        cache: whose objects are kept out of sight.
+        cache: whose objects are held.
         watch: tells what is opened of them; None if that cannot be told.
-        nursery: where they are moved into its sight again.
+        nursery: where they are shown again.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Recording:
         return any(recorder.worthwhile for _, recorder in self._recorded())
 
     def hold(self) -> None:
-        """Keep from the kernel's sight what would be read unnoticed, while a start may be going on.
+        """Hold what the kernel would read unnoticed, while a start may be going on.
 
         What is opened is noted until the session ends: that costs nobody a detour.
         """
@@ -132,7 +131,7 @@ class Recording:
                 self._watch = None
         wanted = any(self._wanted & recorder.sessions for _, recorder in self._recorded())
         most = 0 if wanted or self._watch is None else _SMALL
-        self._objects.hold_above = most if self.under_way() else math.inf
+        self._objects.hold_above = most if self.under_way() else None
 
     def opened(self, keys: Iterable[bytes]) -> None:
         """Somebody has opened objects: most likely the kernel, for whoever reads the files.
@@ -174,7 +173,7 @@ class Recording:
         return [(layer, layer.recorder) for layer in layers if layer and layer.recorder]
 
     async def _release(self) -> None:
-        """Let the kernel see what was kept from it, if nothing is watched any more."""
+        """Show the kernel what was held, if nothing is watched any more."""
         self.hold()
         await trio.to_thread.run_sync(self._objects.release)
 
@@ -184,7 +183,7 @@ class Recording:
         for node in range(index.node_count):
             attributes = index.attributes(node)
             if stat.S_ISREG(attributes.mode) and attributes.size:
-                self._objects.withdraw(index.file(node).object_key)
+                self._objects.hold(index.file(node).object_key)
                 # ENOENT: the kernel does not know the inode
                 with contextlib.suppress(OSError):
                     pyfuse3.invalidate_inode(layer.base + node)

@@ -176,7 +176,7 @@ def attempt(root: Path, at: int, *, torn: bool, anonymous: bool) -> tuple[bool, 
 
     def killed(tell: Callable[[str], object]) -> None:
         cache = Cache(str(root))
-        cache.objects._anonymous = anonymous  # as on a file system without O_TMPFILE
+        cache.objects._files.anonymous = anonymous  # as on a file system without O_TMPFILE
         killer = Killer(at, torn=torn)
         killer.install()
         killer.armed = True

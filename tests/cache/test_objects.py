@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ def test_putting_again_replaces_what_is_there(store: ObjectStore) -> None:
 
 
 def test_without_anonymous_files_it_works_the_same(store: ObjectStore) -> None:
-    store._anonymous = False  # as on a file system without O_TMPFILE
+    store._files.anonymous = False  # as on a file system without O_TMPFILE
     store.put(KEY, DATA)
     assert _read(store) == DATA
     assert [p.name for p in _path(store).parent.iterdir()] == [KEY.hex()]
@@ -126,13 +125,13 @@ def test_what_another_process_adopted_meanwhile_stays(store: ObjectStore, tmp_pa
     partial = tmp_path / "partial"
     partial.write_bytes(DATA)
     other = _again(store)
-    publish = store._publish
+    link = store._files.link
 
     def adopted_first(*args: object) -> None:
         assert other.adopt(str(partial), KEY)
-        publish(*args)  # type: ignore[arg-type]
+        link(*args)  # type: ignore[arg-type]
 
-    store._publish = adopted_first  # type: ignore[method-assign]  # the other process is quicker
+    store._files.link = adopted_first  # type: ignore[method-assign]  # the other process is quicker
     assert store.adopt(str(partial), KEY)
     assert not partial.exists()
     assert _read(store) == DATA
@@ -252,10 +251,10 @@ def test_what_is_held_is_kept_from_the_kernel_until_it_is_not(store: ObjectStore
     assert store.seal() == 1
     assert (shown.exists(), aside.exists()) == (False, True)
     assert _read(_again(store)) == DATA
-    store.hold_above = math.inf
+    store.hold_above = None
     store.seal()
     assert (shown.exists(), aside.exists()) == (True, False)
-    store.withdraw(KEY)
+    store.hold(KEY)
     assert (shown.exists(), aside.exists()) == (False, True)
     assert _read(store) == DATA
     store.seal()
@@ -267,7 +266,7 @@ def test_what_is_held_is_kept_from_the_kernel_until_it_is_not(store: ObjectStore
 def test_only_what_is_larger_than_the_bound_is_held(
     store: ObjectStore, tmp_path: Path, above: int, anonymous: bool
 ) -> None:
-    store._anonymous = anonymous
+    store._files.anonymous = anonymous
     store.hold_above = above
     store.put(KEY, DATA)
     shown = Path(store.root, store.name(KEY))
@@ -279,7 +278,7 @@ def test_only_what_is_larger_than_the_bound_is_held(
     assert shown.exists() == (above == len(DATA))
     store.seal()
     assert shown.exists() == (above == len(DATA))
-    store.hold_above = math.inf
+    store.hold_above = None
     store.release()
     assert shown.exists()
 
@@ -342,6 +341,6 @@ def test_a_changed_object_does_not_replace_a_right_one(store: ObjectStore) -> No
     store.hold_above = 0
     store.put(KEY, DATA)
     Path(store.root, store.name(KEY)).write_bytes(b"wrong")
-    _again(store).demote(KEY)
+    _again(store).distrust(KEY)
     assert not Path(store.root, store.name(KEY)).exists()
     assert _read(store) == DATA

@@ -37,7 +37,7 @@ def test_storing_and_removing_are_no_changes(cache: Cache, watch: ObjectWatch) -
     fd = cache.objects.open(KEY, len(DATA))
     assert fd is not None
     os.close(fd)
-    cache.objects.demote(KEY)
+    cache.objects.distrust(KEY)
     assert cache.objects.verify(KEY)
     cache.objects.seal()
     cache.objects.remove(KEY)
@@ -81,7 +81,7 @@ def test_our_own_work_is_no_opening(cache: Cache, watch: ObjectWatch, tmp_path: 
     assert cache.objects.adopt(str(complete), KEY)
     assert cache.objects.seal() == 1
     assert cache.objects.exists(KEY, len(DATA))
-    cache.objects.demote(KEY)
+    cache.objects.distrust(KEY)
     assert watch.take() == (set(), [])
 
 

@@ -112,6 +112,6 @@ def test_no_more_is_read_than_the_limit(start: _Start, monkeypatch: pytest.Monke
 
 
 def test_what_the_cache_is_not_sure_of_is_planned(start: _Start) -> None:
-    start.cache.objects.demote(hashlib.sha256(_DATA["a"]).digest())
+    start.cache.objects.distrust(hashlib.sha256(_DATA["a"]).digest())
     plan = start.plan(_READS)
     assert set(start.members("a", "c")) <= set(plan.members)
