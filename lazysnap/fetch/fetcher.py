@@ -14,12 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import trio
-
 from lazysnap.errors import DigestMismatch, FormatError
 from lazysnap.fetch.members import adjoin, present, runs
-from lazysnap.fetch.open_files import Contents
-from lazysnap.fetch.requests import ByteSource, Flight, Requests
+from lazysnap.fetch.requests import Flight, Requests
 from lazysnap.fetch.scheduler import Priority, Scheduler, Ticket
 from lazysnap.index.reader import LayerIndex
 
@@ -68,41 +65,20 @@ class Fetcher:
 
     Args:
         index: the layer's index.
-        source: its blob.
-        contents: the process's table of open contents.
-        nursery: where requests run, so that they go on when a reader is interrupted.
-        decoders: bounds the threads that decode.
-        scheduler: gives each request its turn.
-        host: the registry's, by which the scheduler knows it.
-        name: of the layer, for the log.
+        requests: for its members.
+        scheduler: knows the host that they go to.
 
     Attributes:
-        host: as above.
-        counters: what was fetched.
-        trace: of the layer.
+        index: as above.
+        requests: as above.
+        host: the registry's, by which the scheduler knows it.
     """
 
-    def __init__(
-        self,
-        index: LayerIndex,
-        source: ByteSource,
-        contents: Contents,
-        nursery: trio.Nursery,
-        decoders: trio.CapacityLimiter,
-        scheduler: Scheduler,
-        host: str,
-        name: str,
-    ) -> None:
+    def __init__(self, index: LayerIndex, requests: Requests, scheduler: Scheduler) -> None:
         self.index = index
-        self.host = host
-        self._cache = contents.cache
-        self._nursery = nursery
+        self.requests = requests
+        self.host = requests.host
         self._scheduler = scheduler
-        self._requests = Requests(index, source, contents, nursery, decoders, scheduler, host, name)
-        self.counters = self._requests.counters
-        self.trace = self._requests.trace
-        self._flights = self._requests.flights
-        self.kept = self._requests.kept
         self._window = _WINDOW_LEAST
         self._sequential = False
         self._next_sequential = -1
@@ -117,7 +93,8 @@ class Fetcher:
         Returns:
             One flight for each.
         """
-        new = [number for number in members if number not in self._flights]
+        under_way = self.requests.flights
+        new = [number for number in members if number not in under_way]
         if new:
             self._adapt(new[0])
             wanted = runs(self.index, new)
@@ -129,7 +106,7 @@ class Fetcher:
         elif members:
             # It waits for what was fetched ahead of it, so that was not far enough.
             self.advance(members[0])
-        flights = [self._flights[number] for number in members]
+        flights = [under_way[number] for number in members]
         for flight in flights:
             if flight.ticket is not None:
                 flight.ticket.boost(Priority.DEMAND)
@@ -167,10 +144,10 @@ class Fetcher:
         if not run:
             return
         begin = plan.position - len(run)
-        flights = self._requests.begin(run)
+        flights = self.requests.begin(run)
         for flight in flights.values():
             flight.ticket = ticket
-        await self._requests.bring(flights, ticket)
+        await self.requests.bring(flights, ticket)
         _check(plan, dict(enumerate(flights.values(), begin)))
 
     async def settle(self, plan: Plan) -> None:
@@ -197,7 +174,7 @@ class Fetcher:
             number = plan.members[position]
             if run and not adjoin(self.index, run[-1], number):
                 break
-            flight = self._flights.get(number)
+            flight = self.requests.flights.get(number)
             if flight is not None or self.present(number):
                 if run:
                     break
@@ -221,11 +198,11 @@ class Fetcher:
         # As the kernel does: as soon as a reader comes to what was asked for last, ask for more.
         self._ahead_from = last[0]
         for run in runs:
-            self._nursery.start_soon(self._requests.bring_in_turn, self._requests.begin(run))
+            self.requests.start(run)
 
     def present(self, number: int) -> bool:
         """Whether all chunks of a member are in the cache, as far as can be told without reading."""
-        return present(self._cache, self.index, number)
+        return present(self.requests.cache, self.index, number)
 
     def _adapt(self, first: int) -> None:
         """Size the window: by the host while reads are random, larger and larger in sequence."""
@@ -247,7 +224,7 @@ class Fetcher:
             left -= member.blob_end - member.blob_offset
             # In sequence one more is worth its size: it will be wanted.
             whole = left >= 0 or (self._sequential and not found)
-            if not whole or number in self._flights or self.present(number):
+            if not whole or number in self.requests.flights or self.present(number):
                 break
             found.append(number)
         return found

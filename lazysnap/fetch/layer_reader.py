@@ -113,9 +113,9 @@ class LayerReader:
                     # What was fetched is read from the cache now. If it was evicted meanwhile, as
                     # the disk is full, the next attempt gets what it has to fetch again from memory.
                     kept = self._members(node, offset, size)
-                    self.fetcher.kept.update(kept)
+                    self.fetcher.requests.kept.update(kept)
         finally:
-            self.fetcher.kept.difference_update(kept)
+            self.fetcher.requests.kept.difference_update(kept)
         raise Internal("bytes vanish from the cache as soon as they are stored")
 
     def _members(self, node: int, offset: int, size: int) -> list[int]:
@@ -145,7 +145,7 @@ class LayerReader:
         unstored: dict[int, bytes] = {}
         # Only what is fetched ahead has its ticket before its turn.
         ahead = any(flight.ticket is not None for flight in flights) if flights else None
-        with self.fetcher.trace.waiting(node, offset, size, ahead):
+        with self.fetcher.requests.trace.waiting(node, offset, size, ahead):
             for flight in flights:
                 await flight.landed.wait()
                 if flight.error is not None:

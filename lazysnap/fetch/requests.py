@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import trio
 
 from lazysnap import log, tracing
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError
+from lazysnap.fetch.byte_source import ByteSource, Counters, LocalBytes
 from lazysnap.fetch.decode import Decoded, Store, decode_members
 from lazysnap.fetch.members import runs
 from lazysnap.fetch.open_files import Contents, Parts, store_chunk
 from lazysnap.fetch.scheduler import Priority, Scheduler, Ticket
-from lazysnap.fetch.tail_source import LocalBytes
 from lazysnap.fetch.trace import Trace
 from lazysnap.index.model import Chunk
 from lazysnap.index.reader import LayerIndex
@@ -38,16 +37,6 @@ _BATCH = 1 << 20
 _COMPLAIN_EVERY_SECONDS = 10.0
 
 Piece = bytes | memoryview
-
-
-class ByteSource(Protocol):
-    """Where a layer's blob is read from."""
-
-    def read_stream(
-        self, start: int, length: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Bytes of the blob as they arrive: `length` in total, or an error."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -69,18 +58,6 @@ class Flight:
 
 Flights = Mapping[int, Flight]
 """By member."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What was fetched for a layer; sizes in bytes."""
-
-    requests: int = 0
-    bytes_fetched: int = 0
-    bytes_decoded: int = 0
-    bytes_by_class: dict[Priority, int] = field(default_factory=lambda: dict.fromkeys(Priority, 0))
-    errors: int = 0
-    last_error: str = ""
 
 
 class _Received:
@@ -122,16 +99,22 @@ class Requests:
     Args:
         index: the layer's index.
         source: its blob.
+        counters: where what is fetched is counted.
         contents: the process's table of open contents.
-        nursery: where complete files are made objects.
+        nursery: where requests for readers run, so that they go on when a reader is interrupted, and
+            where complete files are made objects.
         decoders: bounds the threads that decode.
         scheduler: gives each request its turn.
         host: the registry's, by which the scheduler knows it.
         name: of the layer, for the log.
 
     Attributes:
+        cache: where members are stored.
         flights: all members that are on their way.
-        counters: what was fetched.
+        kept: members whose chunks evaporate from a full cache before anybody has read them: they are
+            handed to whoever waits.
+        counters: as above.
+        host: as above.
         trace: of the layer.
     """
 
@@ -139,6 +122,8 @@ class Requests:
         self,
         index: LayerIndex,
         source: ByteSource,
+        counters: Counters,
+        *,
         contents: Contents,
         nursery: trio.Nursery,
         decoders: trio.CapacityLimiter,
@@ -148,9 +133,9 @@ class Requests:
     ) -> None:
         self.index = index
         self.trace = Trace()
-        self.counters = Counters()
+        self.counters = counters
+        self.cache = contents.cache
         self.flights: dict[int, Flight] = {}
-        # Members whose chunks evaporate from a full cache before anybody has read them.
         self.kept: set[int] = set()
         self.host = host
         self._source = source
@@ -167,8 +152,11 @@ class Requests:
         self.flights |= flights
         return flights
 
-    async def bring_in_turn(self, flights: Flights) -> None:
-        """`bring` for a reader, as soon as the scheduler allows it."""
+    def start(self, run: Sequence[int]) -> None:
+        """Fetch a run of adjacent members for a reader, as soon as the scheduler allows it."""
+        self._nursery.start_soon(self._bring_in_turn, self.begin(run))
+
+    async def _bring_in_turn(self, flights: Flights) -> None:
         try:
             async with self._scheduler.ticket(self.host, Priority.DEMAND) as ticket:
                 await self.bring(flights, ticket)

@@ -9,13 +9,13 @@ and the network may have a better one; or the cache has lost it, which can happe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
 from lazysnap import log
+from lazysnap.fetch.byte_source import ByteSource, Counters, LocalBytes
 from lazysnap.layers.blob_tail import Seed, open_seed, read_seed
 from lazysnap.paths import INDEX_TAIL
 
@@ -24,39 +24,16 @@ _log = log.get(__name__)
 _PIECE = 256 << 10
 
 
-class LocalBytes(bytes):
-    """Bytes of a stream that have not come over the network, and say nothing of its speed."""
-
-    __slots__ = ()
-
-
-class Source(Protocol):
-    """Where a blob is read from."""
-
-    def read_stream(
-        self, start: int, length: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Bytes of the blob as they arrive: `length` in total, or an error."""
-        ...
-
-
-class Counts(Protocol):
-    """What was fetched."""
-
-    requests: int
-
-
 class SeededSource:
     """A source that asks another one only for what is not in a seed.
 
     Args:
         source: the blob.
         index_path: of the layer's index; the seed is beside it, if there is one.
-        counters: gives the counters of the fetcher that reads from this; a request that was not
-            needed is taken off.
+        counters: of whoever reads from this; a request that was not needed is taken off.
     """
 
-    def __init__(self, source: Source, index_path: str, counters: Callable[[], Counts]) -> None:
+    def __init__(self, source: ByteSource, index_path: str, counters: Counters) -> None:
         self._source = source
         self._path = index_path + INDEX_TAIL
         self._counters = counters
@@ -73,7 +50,7 @@ class SeededSource:
             async with self._source.read_stream(start, length) as stream:
                 yield stream
         elif begin == start:
-            self._counters().requests -= 1
+            self._counters.requests -= 1
             yield _Joined(self, None, begin, data)
         else:
             async with self._source.read_stream(start, begin - start) as stream:

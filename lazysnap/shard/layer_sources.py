@@ -18,9 +18,11 @@ from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
+from lazysnap.fetch.byte_source import Counters
 from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.requests import Requests
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.fetch.tail_source import SeededSource
 from lazysnap.index.reader import LayerIndex
@@ -91,16 +93,19 @@ class Fetching:
         reference = Reference.parse(origin.reference)
         digest = Digest.parse(origin.layer_digest)
         blob = self._registry.source(reference, digest, origin.blob_size)
-        fetcher = Fetcher(
+        counters = Counters()
+        requests = Requests(
             index,
-            SeededSource(blob, self._cache.paths.index(origin.index), lambda: fetcher.counters),
-            self._contents,
-            self._nursery,
-            self._decoders,
-            self._scheduler,
-            reference.host,
-            origin.layer_digest,
+            SeededSource(blob, self._cache.paths.index(origin.index), counters),
+            counters,
+            contents=self._contents,
+            nursery=self._nursery,
+            decoders=self._decoders,
+            scheduler=self._scheduler,
+            host=reference.host,
+            name=origin.layer_digest,
         )
+        fetcher = Fetcher(index, requests, self._scheduler)
 
         def add(plan: Plan) -> None:
             self._ahead.add(fetcher, plan, Priority.PREFETCH)

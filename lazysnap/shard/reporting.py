@@ -77,7 +77,7 @@ async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> dict[st
         shard: number of this one.
     """
     share = await trio.to_thread.run_sync(local_share, layer.index, cache)
-    counters = layer.reader.fetcher.counters
+    counters = layer.reader.fetcher.requests.counters
     ago = None if layer.last_read is None else time.monotonic() - layer.last_read
     return {
         "slot": layer.record.slot,
@@ -118,7 +118,7 @@ def trace(
         told = Told(slot=slot, started=started, now=now, forgotten=forgotten())
         if layer is not None:
             fetcher = layer.reader.fetcher
-            fetched, waited = fetcher.trace.events(since)
+            fetched, waited = fetcher.requests.trace.events(since)
             host = scheduler.host(fetcher.host)
             told = msgspec.structs.replace(
                 told,

@@ -16,9 +16,11 @@ from pathlib import Path
 import trio
 
 from lazysnap.cache import Cache
+from lazysnap.fetch.byte_source import ByteSource, Counters
 from lazysnap.fetch.fetcher import Fetcher
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.requests import Requests
 from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.reader import LayerIndex
 from tests.support.indexes import index_of, resolve
@@ -93,6 +95,34 @@ class _Stream:
         return piece
 
 
+def make_fetcher(
+    index: LayerIndex,
+    source: ByteSource,
+    contents: Contents,
+    nursery: trio.Nursery,
+    *,
+    counters: Counters | None = None,
+    scheduler: Scheduler | None = None,
+    decoders: trio.CapacityLimiter | None = None,
+    host: str = "host",
+    name: str = "layer",
+) -> Fetcher:
+    """A fetcher with all that it needs."""
+    scheduler = scheduler or Scheduler()
+    requests = Requests(
+        index,
+        source,
+        counters or Counters(),
+        contents=contents,
+        nursery=nursery,
+        decoders=decoders or trio.CapacityLimiter(2),
+        scheduler=scheduler,
+        host=host,
+        name=name,
+    )
+    return Fetcher(index, requests, scheduler)
+
+
 class Engine:
     """What `engine` yields."""
 
@@ -102,8 +132,7 @@ class Engine:
         self.index = index
         self.source = source
         self.contents = contents
-        decoders = trio.CapacityLimiter(2)
-        fetcher = Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer")
+        fetcher = make_fetcher(index, source, contents, nursery)
         self.reader = LayerReader(index, contents, fetcher)
 
     def node(self, path: str) -> int:

@@ -209,7 +209,7 @@ async def test_after_an_error_the_next_read_works(
         e.source.script = [fault]
         with pytest.raises(LazysnapError):
             await e.read("f")
-        assert e.reader.fetcher.counters.errors == 1
+        assert e.reader.fetcher.requests.counters.errors == 1
         assert await e.read("f") == data
 
 

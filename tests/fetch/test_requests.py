@@ -18,12 +18,13 @@ import trio.testing
 from lazysnap.cache import Cache
 from lazysnap.errors import DigestMismatch, LazysnapError, RegistryUnreachable
 from lazysnap.fetch import requests as module
-from lazysnap.fetch.fetcher import Fetcher, Plan
+from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
 from lazysnap.fetch.requests import Flight
 from lazysnap.fetch.scheduler import Limits, Priority, Scheduler
 from lazysnap.index.reader import LayerIndex
+from tests.fetch.engine import make_fetcher
 from tests.support.clocks import patient_clock
 from tests.support.indexes import index_of, resolve
 from tests.support.layers import Entry, estargz, file
@@ -101,15 +102,8 @@ class Layer:
         self.source = SlowSource(made.blob)
         self.scheduler = Scheduler(limits)
         self.contents = Contents(Cache(str(directory)))
-        self.fetcher = Fetcher(
-            self.index,
-            self.source,
-            self.contents,
-            nursery,
-            trio.CapacityLimiter(2),
-            self.scheduler,
-            "h",
-            "layer",
+        self.fetcher = make_fetcher(
+            self.index, self.source, self.contents, nursery, scheduler=self.scheduler, host="h"
         )
         self.reader = LayerReader(self.index, self.contents, self.fetcher)
 

@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lazysnap.errors import LazysnapError, RegistryUnreachable
-from lazysnap.fetch.tail_source import LocalBytes, SeededSource
+from lazysnap.fetch.byte_source import Counters, LocalBytes
+from lazysnap.fetch.tail_source import SeededSource
 from lazysnap.layers.blob_tail import SIZE_MOST, open_seed, read_seed, write_seed
 from tests.fetch.engine import MemorySource
 
 BLOB = random.Random(5).randbytes(1_000_000)
 START, STOP = 300_000, 900_000
-
-
-@dataclass
-class Counts:
-    """What a fetcher counts."""
-
-    requests: int = 0
-    bytes_fetched: int = 0
 
 
 class Scene:
@@ -33,15 +25,13 @@ class Scene:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.network = MemorySource(BLOB)
-        self.counters = Counts()
+        self.counters = Counters()
         write_seed(str(path), START, BLOB[START:STOP])
         self.again()
 
     def again(self) -> None:
         """As after a restart."""
-        self.source = SeededSource(
-            self.network, str(self.path.with_suffix("")), lambda: self.counters
-        )
+        self.source = SeededSource(self.network, str(self.path.with_suffix("")), self.counters)
 
     async def read(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Read a range, which must be right; the ranges that were asked of the network for it."""

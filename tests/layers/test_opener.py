@@ -19,10 +19,9 @@ from lazysnap import oci
 from lazysnap.cache import Cache
 from lazysnap.digest import Digest
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError, NotLazy
-from lazysnap.fetch.fetcher import Fetcher
+from lazysnap.fetch.byte_source import Counters
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
-from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.fetch.tail_source import SeededSource
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import Builders
@@ -32,6 +31,7 @@ from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
+from tests.fetch.engine import make_fetcher
 from tests.support import layers
 from tests.support.indexes import resolve
 from tests.support.layers import Layer
@@ -122,9 +122,9 @@ async def test_no_byte_is_fetched_twice(bench: Bench, tmp_path: Path, size: int,
     contents = Contents(Cache(str(tmp_path / "cache")))
     async with trio.open_nursery() as nursery:
         path = f"{bench.opener._directory}/{opened.index}"
-        source = SeededSource(blob, path, lambda: fetcher.counters)
-        decoders = trio.CapacityLimiter(2)
-        fetcher = Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer")
+        counters = Counters()
+        source = SeededSource(blob, path, counters)
+        fetcher = make_fetcher(index, source, contents, nursery, counters=counters)
         reader = LayerReader(index, contents, fetcher)
         for name, data in files.items():
             assert bytes(await reader.read(resolve(index, name), 0, size)) == data
@@ -134,8 +134,8 @@ async def test_no_byte_is_fetched_twice(bench: Bench, tmp_path: Path, size: int,
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(asked))
     tail = layer.size - asked[-1][0]
     assert (len(asked) == 1) == (layer.size == tail)
-    assert fetcher.counters.requests == len(asked) - 1
-    assert fetcher.counters.bytes_fetched == sum(stop - start for start, stop in asked[:-1])
+    assert counters.requests == len(asked) - 1
+    assert counters.bytes_fetched == sum(stop - start for start, stop in asked[:-1])
 
 
 def _range(request: Request, size: int) -> tuple[int, int]:

@@ -44,7 +44,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
 def _told(e: Engine) -> Told:
-    fetched, waited = e.reader.fetcher.trace.events(0)
+    fetched, waited = e.reader.fetcher.requests.trace.events(0)
     return Told(slot=1, fetched=fetched, waited=waited, started=0, now=time.monotonic())
 
 

@@ -38,7 +38,7 @@ async def test_every_request_is_noted_with_what_came(tmp_path: Path) -> None:
             await e.read("f", offset, 10_000)
         for _ in range(3):
             await e.read("f", 0, 10_000)  # is there
-        noted = e.reader.fetcher.trace
+        noted = e.reader.fetcher.requests.trace
         await _at_rest(noted)
         fetched, waited = noted.events(0)
         assert [(each.begin, each.end - each.begin) for each in fetched] == e.source.requests
@@ -55,7 +55,7 @@ async def test_every_request_is_noted_with_what_came(tmp_path: Path) -> None:
             assert e.index.member(request.last).blob_end == request.end
             assert request.ended is not None
             assert read.began <= request.began <= request.ended
-        assert e.reader.fetcher.trace.events(fetched[1].began)[0] == fetched[1:]
+        assert e.reader.fetcher.requests.trace.events(fetched[1].began)[0] == fetched[1:]
 
 
 async def test_a_reader_who_comes_before_the_prefetch_makes_it_urgent(tmp_path: Path) -> None:
@@ -68,11 +68,11 @@ async def test_a_reader_who_comes_before_the_prefetch_makes_it_urgent(tmp_path: 
         async with trio.open_nursery() as readers:
             readers.start_soon(e.read, "f", 0, 10)
             await trio.testing.wait_all_tasks_blocked()
-            (under_way,), nobody = fetcher.trace.events(0)
+            (under_way,), nobody = fetcher.requests.trace.events(0)
             assert (under_way.ended, nobody) == (None, [])
             e.source.gate.set()
         await done.wait()
-        (request,), (read,) = fetcher.trace.events(0)
+        (request,), (read,) = fetcher.requests.trace.events(0)
         assert (request.priority, request.urgent) == (Priority.PREFETCH, Priority.DEMAND)
         assert read.ahead
         nursery.cancel_scope.cancel()
@@ -86,8 +86,8 @@ async def test_what_failed_is_noted(tmp_path: Path) -> None:
         e.source.script.append(broken)
         with pytest.raises(LazysnapError):
             await e.read("f", 0, 10)
-        await _at_rest(e.reader.fetcher.trace)
-        (request,), (read,) = e.reader.fetcher.trace.events(0)
+        await _at_rest(e.reader.fetcher.requests.trace)
+        (request,), (read,) = e.reader.fetcher.requests.trace.events(0)
         assert (request.failed, request.received) == (True, 0)
         assert read.seconds >= 0
 

@@ -12,7 +12,6 @@ import trio
 
 from lazysnap import channel
 from lazysnap.cache import Cache
-from lazysnap.fetch.fetcher import Fetcher
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
 from lazysnap.fetch.scheduler import Scheduler
@@ -22,7 +21,7 @@ from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.prefetch.queue import Ahead
 from lazysnap.shard.library_prefetch import Linking
 from lazysnap.shard.mounted_layers import MountedLayers
-from tests.fetch.engine import MemorySource
+from tests.fetch.engine import MemorySource, make_fetcher
 from tests.support.elf import make_elf
 from tests.support.indexes import resolve, toc_of
 from tests.support.layers import Entry, Layer, estargz, file
@@ -47,8 +46,15 @@ class Shards:
 
         def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
             source = MemorySource(self.blobs[origin.index].blob)
-            fetcher = Fetcher(
-                index, source, self.contents, self.nursery, decoders, scheduler, "h", origin.index
+            fetcher = make_fetcher(
+                index,
+                source,
+                self.contents,
+                self.nursery,
+                scheduler=scheduler,
+                decoders=decoders,
+                host="h",
+                name=origin.index,
             )
 
             def begun(node: int) -> None:

@@ -13,15 +13,13 @@ import trio.testing
 
 from lazysnap.cache import Cache
 from lazysnap.errors import Internal
-from lazysnap.fetch.fetcher import Fetcher
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
-from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.codec import build, encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.shard.mounted_layers import MountedLayers
-from tests.fetch.engine import MemorySource
+from tests.fetch.engine import MemorySource, make_fetcher
 from tests.support import layers
 from tests.support.clocks import patient_clock
 from tests.support.indexes import toc_of
@@ -48,7 +46,7 @@ def _readers(
 
     def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
         source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
-        fetcher = Fetcher(index, source, contents, nursery, decoders, Scheduler(), "host", "layer")
+        fetcher = make_fetcher(index, source, contents, nursery, decoders=decoders)
         return LayerReader(index, contents, fetcher)
 
     return make_reader
