@@ -18,8 +18,50 @@ from collections.abc import Sequence
 
 from lazysnap.cache.stamps import touch
 
+PRESENT = 1
+"""What a map says of a chunk that is there."""
 _MISSING = b"\0"
-_PRESENT = b"\1"
+_PRESENT = bytes([PRESENT])
+
+
+def read_map(directory: str, key: bytes) -> bytes | None:
+    """What a map says of the chunks, without the file being opened; None if there is no map.
+
+    A chunk is there if its byte is `PRESENT`; what is behind the end is missing.
+
+    Args:
+        directory: where partial files are kept.
+        key: of the file.
+    """
+    try:
+        with open(_map_path(directory, key), "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def claims(directory: str, key: bytes, number: int) -> bool:
+    """Whether a map says that a chunk is there; opens, creates and changes nothing else.
+
+    Args:
+        directory: where partial files are kept.
+        key: of the file.
+        number: which chunk of the file.
+    """
+    try:
+        fd = os.open(_map_path(directory, key), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, 1, number) == _PRESENT
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _map_path(directory: str, key: bytes) -> str:
+    return os.path.join(directory, key.hex() + ".map")
 
 
 class PartialFile:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 from lazysnap.cache import Cache
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
+from lazysnap.cache.partial import PRESENT, read_map
 from lazysnap.errors import LazysnapError
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.paths import INDEX_TAIL
 
 _READ_SIZE = 1 << 20
-_PRESENT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,9 @@ class _Verifier:
             # A tail is checked by whoever uses it, and harms nobody.
             if ".new-" not in name and not name.endswith(INDEX_TAIL):
                 self._index(name, partials)
-        self._result.unchecked += sum(1 for key in partials if self._claims(key))
+        self._result.unchecked += sum(
+            any(read_map(self._cache.partial, key) or b"") for key in partials
+        )
         return self._result
 
     def _wrong(self, what: str, name: str, problem: str, undo: Callable[[], object]) -> None:
@@ -158,19 +160,10 @@ class _Verifier:
             self._wrong("index", f"index/{name}", str(error), lambda: _unlink(path))
         self._result.indexes += 1
 
-    def _claims(self, key: bytes) -> bytes:
-        """The numbers' bytes of a partial file's map, or nothing if it claims nothing."""
-        try:
-            with open(os.path.join(self._cache.partial, key.hex() + ".map"), "rb") as file:
-                claims = file.read()
-        except OSError:
-            return b""
-        return claims if any(claims) else b""
-
     def _partial(self, index: LayerIndex, content: FileContent, entry: Entry) -> None:
         name = entry.key.hex()
         bad = unchecked = 0
-        claims = self._claims(entry.key)
+        chunk_map = read_map(self._cache.partial, entry.key) or b""
         problem = ""
         try:
             fd = os.open(os.path.join(self._cache.partial, name + ".data"), os.O_RDONLY)
@@ -178,9 +171,9 @@ class _Verifier:
             return  # gone
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for number in range(min(content.chunk_count, len(claims))):
+            for number in range(min(content.chunk_count, len(chunk_map))):
                 chunk = index.chunk(content.first_chunk + number)
-                if claims[number] != _PRESENT or chunk.member < 0:
+                if chunk_map[number] != PRESENT or chunk.member < 0:
                     continue
                 if chunk.digest is None:
                     unchecked += 1

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lazysnap.cache import Cache
+from lazysnap.cache.partial import PRESENT, read_map
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 
@@ -62,14 +62,13 @@ def _present(index: LayerIndex, file: FileContent, cache: Cache) -> int:
         return file.size
     if file.partial_key is None:
         return 0
-    try:
-        with open(os.path.join(cache.partial, file.partial_key.hex() + ".map"), "rb") as stored:
-            chunk_map = stored.read()
-    except OSError:
+    chunk_map = read_map(cache.partial, file.partial_key)
+    if chunk_map is None:
         return 0
+    chunk_map = chunk_map.ljust(file.chunk_count, b"\0")
     size = 0
     for number in range(file.chunk_count):
         chunk = index.chunk(file.first_chunk + number)
-        if chunk.member < 0 or chunk_map[number : number + 1] == b"\1":
+        if chunk.member < 0 or chunk_map[number] == PRESENT:
             size += chunk.size
     return size

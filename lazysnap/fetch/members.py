@@ -6,10 +6,10 @@ Knows nothing of flights or requests. To look opens, creates and evicts nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 from lazysnap.cache import Cache
+from lazysnap.cache.partial import claims
 from lazysnap.index.reader import LayerIndex
 
 # More than this between two members, as tables of contents may leave, is not fetched with them.
@@ -89,21 +89,7 @@ def present(cache: Cache, index: LayerIndex, number: int) -> bool:
         # Not through the table of contents: to look must open, create and evict nothing.
         if not cache.objects.exists(file.object_key, file.size) and (
             file.partial_key is None
-            or not _claimed(cache.partial, file.partial_key, i - file.first_chunk)
+            or not claims(cache.partial, file.partial_key, i - file.first_chunk)
         ):
             return False
     return True
-
-
-def _claimed(directory: str, key: bytes, number: int) -> bool:
-    """Whether the map of a partial file says that a chunk is there; see `PartialFile`."""
-    try:
-        fd = os.open(os.path.join(directory, key.hex() + ".map"), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.pread(fd, 1, number) == b"\1"
-    except OSError:
-        return False
-    finally:
-        os.close(fd)

@@ -14,7 +14,7 @@ from isal import isal_zlib
 
 from lazysnap.errors import FormatError
 from lazysnap.index import layout
-from lazysnap.index.build import Layer, build
+from lazysnap.index.build import Layer
 from lazysnap.index.content import Content, Piece
 from lazysnap.index.layout import (
     CHUNK,
@@ -30,10 +30,7 @@ from lazysnap.index.layout import (
     XATTR_COUNT,
 )
 from lazysnap.index.model import IMPLIED, NO_KEY
-from lazysnap.index.reader import LayerIndex
 from lazysnap.index.tree import Node
-
-__all__ = ["LayerIndex", "build", "encode"]
 
 
 def encode(layer: Layer) -> bytes:

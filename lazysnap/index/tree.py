@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 MAX_NODES = 2_000_000
 _MAX_NAME = 255
 _MAX_PATH = 4096
-_MAX_LINKS = 255  # in one path, as containerd's RootPath
+# In one path, as containerd's RootPath; why this walk is not `layers.links.follow` is said there.
+_MAX_LINKS = 255
 _MAX_STEPS = 20_000_000  # through symbolic links, in all paths together
 _WHITEOUT_PREFIX = ".wh."
 _OPAQUE_MARKER = ".wh..wh..opq"

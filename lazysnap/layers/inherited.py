@@ -17,11 +17,9 @@ from typing import Protocol
 
 from lazysnap.index.model import OPAQUE
 from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.links import Link, follow
 from lazysnap.layers.slots import Inherited
 from lazysnap.layers.view import LayerView
-
-# As the kernel's own limit for links in one path.
-_MAX_LINKS = 40
 
 
 class LowerTree(Protocol):
@@ -175,27 +173,14 @@ def _is_directory(tree: LowerTree, path: tuple[bytes, ...]) -> bool:
 
 def _resolve(tree: LowerTree, names: Sequence[bytes]) -> tuple[bytes, ...] | None:
     """Follow links within a tree; None if the path does not exist there."""
-    place: tuple[bytes, ...] = ()
-    left = list(reversed(names))
-    links = 0
-    while left:
-        name = left.pop()
-        if name in (b"", b"."):
-            continue
-        if name == b"..":
-            place = place[:-1]
-            continue
-        mode = tree.mode((*place, name))
+
+    def step(place: tuple[bytes, ...], name: bytes) -> tuple[bytes, ...] | Link | None:
+        below = (*place, name)
+        mode = tree.mode(below)
         if mode is None:
             return None
-        if not stat.S_ISLNK(mode):
-            place = (*place, name)
-            continue
-        links += 1
-        if links > _MAX_LINKS:
-            return None
-        target = tree.readlink((*place, name))
-        if target.startswith(b"/"):
-            place = ()
-        left.extend(reversed(target.split(b"/")))
-    return place
+        return Link(tree.readlink(below)) if stat.S_ISLNK(mode) else below
+
+    top: tuple[bytes, ...] = ()
+    way = follow(names, top, step)
+    return None if way is None else way[-1]

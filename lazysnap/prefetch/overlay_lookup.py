@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 from lazysnap.index.model import OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex
-
-# As the kernel's own limit for links in one path.
-_MAX_LINKS = 40
+from lazysnap.layers.links import Link, follow
 
 
 class Found(NamedTuple):
@@ -57,31 +55,21 @@ def names(layers: Sequence[LayerIndex], path: bytes) -> set[bytes]:
 
 def _walk(layers: Sequence[LayerIndex], path: bytes) -> tuple[_Merged, bytes]:
     """What a path leads to, and its path without links."""
-    way: list[tuple[bytes, _Merged]] = [(b"", [(number, 0) for number in range(len(layers))])]
-    left = path.split(b"/")[::-1]
-    links = 0
-    while left:
-        name = left.pop()
-        if name in (b"", b"."):
-            continue
-        if name == b"..":
-            del way[max(len(way) - 1, 1) :]
-            continue
-        merged = _step(layers, way[-1][1], name)
+
+    def step(place: tuple[bytes, _Merged], name: bytes) -> tuple[bytes, _Merged] | Link | None:
+        merged = _step(layers, place[1], name)
         if not merged:
-            return [], b""
+            return None
         layer, node = merged[0]
         if stat.S_ISLNK(layers[layer].attributes(node).mode):
-            links += 1
-            if links > _MAX_LINKS:
-                return [], b""
-            target = layers[layer].readlink(node)
-            left += target.split(b"/")[::-1]
-            if target.startswith(b"/"):
-                del way[1:]
-        else:
-            # Below what is no directory nothing is found.
-            way.append((name, merged))
+            return Link(layers[layer].readlink(node))
+        # Below what is no directory nothing is found.
+        return name, merged
+
+    top = (b"", [(number, 0) for number in range(len(layers))])
+    way = follow(path.split(b"/"), top, step)
+    if way is None:
+        return [], b""
     return way[-1][1], b"/".join(name for name, _ in way)
 
 

@@ -20,7 +20,7 @@ from lazysnap.errors import FormatError
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS = 255
-"""In one path, as containerd's RootPath."""
+"""In one path, as containerd's RootPath; why this walk is not `layers.links.follow` is said there."""
 _MAX_STEPS = 20_000_000
 """Through the targets of links, in all paths together."""
 _KEPT = 64

@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from lazysnap.cache import Cache, PartialFile
 from lazysnap.cache.stamps import seal_time
 from lazysnap.cli import main
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import SlotRecord, write_slot

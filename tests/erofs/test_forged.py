@@ -13,8 +13,9 @@ from isal import isal_zlib
 from lazysnap.erofs.image import build
 from lazysnap.errors import FormatError
 from lazysnap.index import layout
-from lazysnap.index.codec import LayerIndex, encode
-from lazysnap.index.codec import build as make
+from lazysnap.index.build import build as make
+from lazysnap.index.codec import encode
+from lazysnap.index.reader import LayerIndex
 from tests.support import layers
 from tests.support.indexes import toc_of
 from tests.support.layers import directory, file, hardlink, opaque, symlink

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lazysnap.erofs.image import build
 from lazysnap.errors import FormatError
-from lazysnap.index.codec import build as make
+from lazysnap.index.build import build as make
 from lazysnap.index.codec import encode
 from lazysnap.index.model import IMPLIED, OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazysnap.errors import FormatError, LazysnapError, NotLazy
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.dump import dump
 from lazysnap.index.model import IMPLIED, LISTED_ROOT, OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex

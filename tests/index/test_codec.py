@@ -17,8 +17,10 @@ from isal import isal_zlib
 
 from lazysnap.errors import FormatError, InvalidArgument, LazysnapError
 from lazysnap.index import layout
-from lazysnap.index.codec import LayerIndex, build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.dump import dump
+from lazysnap.index.reader import LayerIndex
 from tests.support import layers
 from tests.support.indexes import index_of, resolve, toc_of
 from tests.support.layers import directory, file, hardlink, opaque, symlink

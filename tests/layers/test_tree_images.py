@@ -11,7 +11,8 @@ import pytest
 from lazysnap.cache import Cache
 from lazysnap.erofs.image import build as build_image
 from lazysnap.errors import FormatError, Internal
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import Inherited
 from lazysnap.layers.tree_images import ensure_tree, tree_name

@@ -15,7 +15,8 @@ import pytest
 from lazysnap.cache import Cache
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.members import of_file
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import ensure_tree
 from lazysnap.layers.view import open_index

@@ -23,7 +23,8 @@ import trio
 from fixtures.processes import accepts, kill_leftovers, unmount_below
 from lazysnap import channel
 from lazysnap.cache import Cache
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.layers.slots import SlotRecord, write_slot
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import FIRST_XATTR_SHARD, ShardSettings, write_settings

@@ -16,7 +16,8 @@ import trio.testing
 
 from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.scheduler import Priority
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.layers.slots import SlotRecord, write_slot
 from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS

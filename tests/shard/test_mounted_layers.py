@@ -15,7 +15,8 @@ from lazysnap.cache import Cache
 from lazysnap.errors import Internal
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import Contents
-from lazysnap.index.codec import build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.shard.mounted_layers import MountedLayers

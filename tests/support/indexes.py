@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from lazysnap.formats.identify import FOOTER_SIZE, identify, inflate_payload
 from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_toc
-from lazysnap.index.codec import LayerIndex, build, encode
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.index.model import Chunk
+from lazysnap.index.reader import LayerIndex
 from tests.support.layers import Layer
 
 
