@@ -27,6 +27,7 @@ from lazysnap.layerstore.storages import Using
 from lazysnap.overlay import Kind
 from lazysnap.reference import Reference
 from lazysnap.registry.image import Image
+from lazysnap.snapshotter.layer_request import remote_name
 from lazysnap.snapshotter.locks import KeyLocks
 from lazysnap.snapshotter.snapshotter import Snapshotter
 
@@ -142,7 +143,7 @@ class LayerStore:
         try:
             await self._snapshotter.prepare(temporary, "", wanted)
         except AlreadyExists:
-            attachment = await self._snapshotter.attachment(_snapshot(key))
+            attachment = await self._snapshotter.attachment(remote_name(key, None))
             if attachment is None:
                 raise NotLazy(f"layer {layers[number].digest} is not served") from None
             return attachment.slot
@@ -228,7 +229,7 @@ class LayerStore:
         self._awaited.pop(name.slot, None)
         self._uses.pop(name.slot, None)
         try:
-            await self._snapshotter.remove(_snapshot(_key(name.reference, name.digest)))
+            await self._snapshotter.remove(remote_name(_key(name.reference, name.digest), None))
         except NotFound:
             return
         _log.info("a layer is removed", reference=name.reference, digest=name.digest)
@@ -237,8 +238,3 @@ class LayerStore:
 def _key(reference: str, digest: str) -> str:
     """What stands for a chain id: one for each name of a layer."""
     return Digest.from_hash(hashlib.sha256(f"{reference} {digest}".encode()))
-
-
-def _snapshot(key: str) -> str:
-    """The name that the snapshotter gives a lazy snapshot without a parent."""
-    return f"{key}@0"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of lazy snapshots: made committed, checked before use, released.
+"""The life of remote snapshots: made committed, checked before use, unmounted when they are removed.
 
-Keeps the promises that containerd's remote snapshots rest on: a lazy snapshot is in the database
-before anyone hears of it, no active key is ever left behind, and whatever goes wrong while a layer is
-mounted leads to an ordinary snapshot, never to an error, as that would end the whole pull.
+Keeps the promises that containerd's remote snapshots rest on. A remote snapshot is in the database before
+any client hears of it. No active key is ever left behind. Whatever goes wrong while a layer is mounted
+leads to an ordinary snapshot, never to an error, as an error would end the whole pull.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 import trio
 
 from lazysnap import log
-from lazysnap.errors import AlreadyExists, LazysnapError, NotFound, Unavailable
-from lazysnap.labels import REMOTE, SNAPSHOT_REF
+from lazysnap.errors import LazysnapError, Unavailable
+from lazysnap.labels import REMOTE
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
-from lazysnap.overlay import Kind
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.interfaces import Attached, Filesystem, Lower
+from lazysnap.snapshotter.layer_request import NAME_TAKEN, LayerRequest, Prepared, Refused, find
 from lazysnap.snapshotter.locks import DatabaseThread, KeyLocks
 from lazysnap.store.records import Attachment, Lineage
 from lazysnap.store.snapshots import SnapshotStore
@@ -30,7 +30,7 @@ _REMOTE_VALUE = "remote snapshot"
 
 
 class RemoteSnapshots:
-    """The lazy snapshots of one root.
+    """The remote snapshots of one root.
 
     Args:
         directories: of the root.
@@ -66,91 +66,51 @@ class RemoteSnapshots:
             attachments = await self._db_thread.run(self._store.attachments)
             await self._filesystem.restore(self._attached(attachments))
 
-    async def prepare(self, parent: str, below: Lineage | None, labels: Mapping[str, str]) -> str:
-        """Try to make a committed lazy snapshot.
+    async def prepare(self, request: LayerRequest) -> Prepared | Refused:
+        """Try to answer a request with a remote snapshot.
 
         Args:
-            parent: name of the snapshot below, or empty.
-            below: the same, as it is in the database.
-            labels: of the request.
+            request: for the snapshot of a layer.
 
         Returns:
-            Why it is not possible, as a reason code.
+            Whether the snapshot is there now, or why it is not possible.
 
         Raises:
-            AlreadyExists: it is there now.
             NotFound: the parent was removed meanwhile.
             Internal: the database or the disk failed.
         """
-        ref = labels[SNAPSHOT_REF]
-        parent_id = None if below is None else below.snapshot.id
-        # One chain id can be put on different parents: the lower layers of two namespaces may be
-        # ordinary snapshots with names of their own.
-        name = f"{ref}@{parent_id or 0}"
-        async with self._names.hold(name):
+        async with self._names.hold(request.name):
+            found = await find(request, self._store, self._db_thread)
+            if found is None:
+                return await self._make(request)
+            if not request.is_met_by(found, remote=True):
+                return Refused(NAME_TAKEN)
+            number = found.snapshot.id
             try:
-                found = await self._db_thread.run(self._store.lineage, name)
-            except NotFound:
-                return await self._make(name, (parent, parent_id), labels, self._lowers(below))
-            snapshot = found.snapshot
-            attachment = found.attachments.get(snapshot.id)
-            if (
-                attachment is None
-                or snapshot.kind is not Kind.COMMITTED
-                or snapshot.parent != parent
-                or snapshot.labels.get(SNAPSHOT_REF) != ref
-            ):
-                # containerd would look for it by parent and label, in vain
-                return "name-taken"
-            try:
-                await self._check(self._attached({snapshot.id: attachment}))
+                await self._check(self._attached({number: found.attachments[number]}))
             except LazysnapError as error:
-                return error.reason
-            raise AlreadyExists(f"lazy snapshot {name!r} exists")
+                return Refused(error.reason)
+            return Prepared(request.name)
 
-    def _lowers(self, below: Lineage | None) -> Sequence[Lower]:
-        if below is None:
-            return ()
-        return self._layers((below.snapshot.id, *below.ancestors), below.attachments)
-
-    def _layers(
-        self, numbers: Sequence[int], attachments: Mapping[int, Attachment]
-    ) -> Sequence[Lower]:
-        return [Lower(self._dirs.fs(n), attachments.get(n)) for n in numbers]
-
-    async def _make(
-        self,
-        name: str,
-        parent: tuple[str, int | None],
-        labels: Mapping[str, str],
-        lowers: Sequence[Lower],
-    ) -> str:
+    async def _make(self, request: LayerRequest) -> Prepared | Refused:
         assert self._filesystem is not None
         slot = await self._db_thread.run(self._store.next_slot)
         with self._housekeeping.building() as directory:
 
             def build() -> str:
-                # "/" of a lazy layer has the owner that the layer says
+                # "/" of a lazy layer has the owner that the layer says.
                 return self._dirs.build(directory, work=False, parent_id=None)
 
             mountpoint = await trio.to_thread.run_sync(build)
-            try:
-                began = trio.current_time()
-                attachment = await self._filesystem.mount(slot, labels, mountpoint, lowers)
-                counts.observe(families.MOUNT_SECONDS, "", trio.current_time() - began)
-            except LazysnapError as error:
+            attachment = await self._mount(request, slot, mountpoint)
+            if isinstance(attachment, Refused):
                 self._housekeeping.expect_garbage()
-                _log.info("a layer cannot be mounted lazily", name=name, error=error)
-                return error.reason
-            except Exception:
-                self._housekeeping.expect_garbage()
-                _log.exception("mounting a layer lazily failed", name=name)
-                return "internal"
+                return attachment
 
             def place() -> Attached:
-                stored = {**labels, REMOTE: _REMOTE_VALUE}
+                labels = {**request.labels, REMOTE: _REMOTE_VALUE}
                 with self._store.committing_remote(
-                    name, parent[0], stored, attachment, parent_id=parent[1]
+                    request.name, request.parent, labels, attachment, parent_id=request.parent_id
                 ) as number:
                     self._dirs.place(directory, number)
                 return Attached(number, self._dirs.fs(number), attachment)
@@ -163,10 +123,33 @@ class RemoteSnapshots:
         _log.info(
             "a layer is mounted lazily",
             remote_snapshot_prepared="true",
-            key=name,
-            parent=parent[0],
+            key=request.name,
+            parent=request.parent,
         )
-        raise AlreadyExists(f"lazy snapshot {name!r} is ready")
+        return Prepared(request.name)
+
+    async def _mount(
+        self, request: LayerRequest, slot: int, mountpoint: str
+    ) -> Attachment | Refused:
+        assert self._filesystem is not None
+        attachments = {} if request.below is None else request.below.attachments
+        lowers = self._layers(request.lower_ids, attachments)
+        began = trio.current_time()
+        try:
+            attachment = await self._filesystem.mount(slot, request.labels, mountpoint, lowers)
+        except LazysnapError as error:
+            _log.info("a layer cannot be mounted lazily", name=request.name, error=error)
+            return Refused(error.reason)
+        except Exception:
+            _log.exception("mounting a layer lazily failed", name=request.name)
+            return Refused("internal")
+        counts.observe(families.MOUNT_SECONDS, "", trio.current_time() - began)
+        return attachment
+
+    def _layers(
+        self, numbers: Sequence[int], attachments: Mapping[int, Attachment]
+    ) -> Sequence[Lower]:
+        return [Lower(self._dirs.fs(n), attachments.get(n)) for n in numbers]
 
     async def check(self, lineage: Lineage) -> None:
         """See that the lazy layers of a snapshot and its ancestors can serve.
@@ -227,4 +210,4 @@ class RemoteSnapshots:
             _log.warning("cannot release a lazy layer", slot=attachment.slot, error=error)
 
     def _attached(self, attachments: Mapping[int, Attachment]) -> Sequence[Attached]:
-        return [Attached(n, self._dirs.fs(n), each) for n, each in attachments.items()]
+        return [Attached(n, self._dirs.fs(n), attachment) for n, attachment in attachments.items()]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations of a snapshotter: ordinary overlay snapshots, with a seam for lazy ones.
+"""The operations of a snapshotter: ordinary overlay snapshots, with a seam for remote ones.
 
-Order on disk and in the database is such that a crash at any instruction leaves either the old state
-or the new, plus directories that no snapshot owns; those are collected at the next start and by
-`cleanup`. Never touches the network; knows nothing of gRPC.
+The order on disk and in the database is such that a crash at any instruction leaves either the old state
+or the new one, and perhaps directories that no snapshot owns. Those are collected at the next start and
+by `cleanup`. Never touches the network. Knows nothing of gRPC.
 
-Blocking work runs in threads. The database is used by one thread at a time, so its transactions are
-the order of events; locks by key only spare work that would be refused.
+Blocking work runs in threads. The database is used by one thread at a time, so its transactions are the
+order of events; locks by key only spare work that would be refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from lazysnap import filters, log, mounts, overlay
-from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
+from lazysnap.errors import AlreadyExists, FailedPrecondition, Internal, LazysnapError, NotFound
 from lazysnap.labels import EAGER, REASON, REMOTE, SNAPSHOT_REF
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
@@ -28,6 +28,7 @@ from lazysnap.snapshotter.direct_snapshots import DirectSnapshots
 from lazysnap.snapshotter.directories import Directories
 from lazysnap.snapshotter.housekeeping import Housekeeping
 from lazysnap.snapshotter.interfaces import Filesystem, Unpacker
+from lazysnap.snapshotter.layer_request import LayerRequest, Prepared, Refused
 from lazysnap.snapshotter.locks import DatabaseThread, KeyLocks
 from lazysnap.snapshotter.remote_snapshots import RemoteSnapshots
 from lazysnap.store.records import NO_LABELS, Attachment, Lineage, Snapshot, Usage
@@ -141,7 +142,10 @@ class Snapshotter:
             # what only we may say
             labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE, EAGER)}
             if SNAPSHOT_REF in labels and (self._remote.enabled or self._direct is not None):
-                labels[REASON] = reason = await self._without_client(key, parent, labels)
+                result = await self._answer(key, parent, labels)
+                if isinstance(result, Prepared):
+                    raise AlreadyExists(f"snapshot {result.name!r} is ready")
+                labels[REASON] = reason = result.reason
                 _log.info(
                     "layer will be downloaded and unpacked",
                     remote_snapshot_prepared="false",
@@ -324,24 +328,37 @@ class Snapshotter:
             number = await self._db_thread.run(place)
         return self._mounts(kind, number, lower)
 
-    async def _without_client(self, key: str, parent: str, labels: dict[str, str]) -> str:
-        """Try to bring a layer here without the client; returns why it is not lazy if that fails."""
+    async def _answer(self, key: str, parent: str, labels: dict[str, str]) -> Prepared | Refused:
+        """Try to answer a request for a layer without the client.
+
+        Args:
+            key: of the request.
+            parent: name of the snapshot below, or empty.
+            labels: of the request; gets the label that says how layers are unpacked.
+
+        Returns:
+            The snapshot, or why the layer is not lazy.
+        """
         below = await self._below_new(key, parent)
+        request = LayerRequest(parent, below, labels)
         if self._direct is None:
-            return await self._remote.prepare(parent, below, labels)
+            return await self._remote.prepare(request)
         labels[EAGER] = "direct"
-        with self._direct.client(labels) as image:
-            reason = "lazy-off"
+        with self._direct.client(labels) as pull:
+            remote: Prepared | Refused = Refused("lazy-off")
             if self._remote.enabled:
-                reason = await self._remote.prepare(parent, below, labels)
+                remote = await self._remote.prepare(request)
+            if isinstance(remote, Prepared):
+                return remote
             if below is not None:
-                # What a layer leaves out it takes over from those below, which may not be visible yet.
+                # The layer takes over what it leaves out from those below, which may not be visible yet.
                 try:
                     await self._remote.check(below)
                 except LazysnapError as error:
-                    return error.reason
-            await self._direct.prepare(parent, below, labels, reason, image)
-            return reason
+                    return Refused(error.reason)
+            direct = await self._direct.prepare(request, remote.reason, pull)
+            # Clients are told why the layer is not lazy; the log says why it was not unpacked either.
+            return direct if isinstance(direct, Prepared) else remote
 
     async def _below_new(self, key: str, parent: str) -> Lineage | None:
         """The parent of a snapshot to be made; raises what making it would raise."""

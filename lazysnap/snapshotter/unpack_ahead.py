@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that the daemon will be asked for soon: unpacked while the client is still below them.
+"""Unpacks layers that the daemon will soon be asked for, while the client is still at layers below them.
 
 containerd asks for one layer after the other. So when the daemon begins with the first layer of an image
 that it unpacks itself, it begins with those above, too: each in a directory that belongs to no snapshot,
-without what lies below it. In its turn its files are renamed into the directory of its snapshot.
+without what lies below it. When the layer is asked for, its files are renamed into the directory of its
+snapshot.
 
-Nothing depends on it: what was not unpacked ahead is unpacked in its turn. And it is bounded: in number,
-and in time, as all that belongs to an image goes when its last client has gone away, or has not asked for
-a layer for a while.
+Nothing depends on it: a layer that was not unpacked ahead is unpacked when it is asked for. It is bounded
+in number, and in time: all that belongs to an image is removed when its last client has gone away, or
+has not asked for a layer for a while.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _PATIENCE_SECONDS = 30.0
 """How long a client may take between two layers: milliseconds, unless the disk is busy."""
 
 
-class _Ahead:
-    """One layer that is unpacked before its turn.
+class _PendingLayer:
+    """One layer that is unpacked before it is asked for.
 
     Attributes:
         layer: which one.
-        begun: it is not only waiting any more.
-        done: `answer` or `error` is there; neither if it was stopped.
+        begun: whether unpacking has begun; until then the layer waits for others.
+        done: set when `answer` or `error` is there; there is neither if it was stopped.
         target: the directory with its files.
-        scope: what unpacks it, and then keeps its directory until it is cancelled.
+        scope: of the task that unpacks it, and then keeps its directory until it is cancelled.
     """
 
     def __init__(self, layer: LayerBlob) -> None:
@@ -57,22 +58,22 @@ class _Ahead:
         self.scope = trio.CancelScope()
 
 
-class Image:
-    """The layers of one image that are unpacked ahead.
+class ImagePull:
+    """The pull of one image, with its layers that are unpacked ahead.
 
     Attributes:
-        clients: how many requests for its layers are under way.
-        begun: whether its layers are looked for, or more.
-        asked: layers whose turn has come.
-        layers: those that are unpacked ahead, until somebody takes them.
-        scope: all that is done for it.
+        clients: how many requests for layers of the image are under way.
+        begun: whether the task that unpacks its layers ahead was started.
+        asked: layers that a client has asked for.
+        layers: those that are unpacked ahead, until a request takes them.
+        scope: of all that is done ahead for the image.
     """
 
     def __init__(self) -> None:
         self.clients = 0
         self.begun = False
         self.asked: set[Digest] = set()
-        self.layers: dict[Digest, _Ahead] = {}
+        self.layers: dict[Digest, _PendingLayer] = {}
         self.scope = trio.CancelScope()
 
 
@@ -92,7 +93,7 @@ class UnpackAhead:
         self._housekeeping = housekeeping
         self._unpacker = unpacker
         self._limit = trio.CapacityLimiter(AT_ONCE)
-        self._images: dict[str, Image] = {}
+        self._pulls: dict[str, ImagePull] = {}
         self._nursery: trio.Nursery | None = None
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -104,61 +105,61 @@ class UnpackAhead:
         self._nursery = nursery
 
     @contextmanager
-    def client(self, labels: Mapping[str, str]) -> Iterator[Image]:
-        """A client asks for a layer and waits in the body; it has gone away if that is cancelled.
+    def client(self, labels: Mapping[str, str]) -> Iterator[ImagePull]:
+        """A client asks for a layer and waits in the body; it has gone away if the body is cancelled.
 
         Args:
             labels: of its request.
         """
         key = labels.get(CRI_MANIFEST_DIGEST, "")
-        image = self._images.setdefault(key, Image()) if key else Image()
-        image.clients += 1
-        image.scope.deadline = float("inf")
+        pull = self._pulls.setdefault(key, ImagePull()) if key else ImagePull()
+        pull.clients += 1
+        pull.scope.deadline = float("inf")
         gone = False
         try:
-            yield image
+            yield pull
         except BaseException as error:
             gone = not isinstance(error, Exception)  # cancelled, perhaps in a group
             raise
         finally:
-            image.clients -= 1
-            if not image.clients:
-                image.scope.deadline = trio.current_time() + _PATIENCE_SECONDS
+            pull.clients -= 1
+            if not pull.clients:
+                pull.scope.deadline = trio.current_time() + _PATIENCE_SECONDS
                 if gone:
-                    image.scope.cancel()
-                if gone or not image.begun:
-                    self._forget(key, image)
+                    pull.scope.cancel()
+                if gone or not pull.begun:
+                    self._forget(key, pull)
 
-    def begin(self, image: Image, labels: Mapping[str, str]) -> None:
+    def begin(self, pull: ImagePull, labels: Mapping[str, str]) -> None:
         """Unpack the layers above one that is about to be unpacked, unless that has begun.
 
         Args:
-            image: from `client`.
+            pull: from `client`.
             labels: of the request for the lower layer.
         """
-        if self._nursery is not None and not image.begun and CRI_MANIFEST_DIGEST in labels:
-            image.begun = True
-            self._nursery.start_soon(self._run, image, labels)
+        if self._nursery is not None and not pull.begun and CRI_MANIFEST_DIGEST in labels:
+            pull.begun = True
+            self._nursery.start_soon(self._run, pull, labels)
 
     async def take(
-        self, image: Image, layer: LayerBlob, target: str, lowers: Sequence[str]
+        self, pull: ImagePull, layer: LayerBlob, target: str, lowers: Sequence[str]
     ) -> Answer | None:
         """Bring a layer to its place if it was unpacked ahead, or is being.
 
         Args:
-            image: from `client`.
-            layer: whose turn it is.
+            pull: from `client`.
+            layer: which one is asked for.
             target: its directory, which is empty.
             lowers: directories of the layers below, nearest first.
 
         Returns:
-            What it is; None if it has to be unpacked now.
+            What was unpacked; None if the layer has to be unpacked now.
 
         Raises:
             LazysnapError: it cannot be unpacked here.
         """
-        image.asked.add(layer.digest)
-        ahead = image.layers.pop(layer.digest, None)
+        pull.asked.add(layer.digest)
+        ahead = pull.layers.pop(layer.digest, None)
         if ahead is None:
             return None
         try:
@@ -182,20 +183,20 @@ class UnpackAhead:
         finally:
             ahead.scope.cancel()
 
-    async def _run(self, image: Image, labels: Mapping[str, str]) -> None:
+    async def _run(self, pull: ImagePull, labels: Mapping[str, str]) -> None:
         try:
-            with image.scope:
+            with pull.scope:
                 above = await self._unpacker.above(labels)
-                image.layers = {
-                    layer.digest: _Ahead(layer)
+                pull.layers = {
+                    layer.digest: _PendingLayer(layer)
                     for layer in above
-                    if layer.digest not in image.asked
+                    if layer.digest not in pull.asked
                 }
                 async with trio.open_nursery() as nursery:
                     # The largest first: a container needs all of them, and they take longest.
-                    largest = sorted(image.layers.values(), key=lambda each: -each.layer.size)
+                    largest = sorted(pull.layers.values(), key=lambda ahead: -ahead.layer.size)
                     for ahead in largest:
-                        if not ahead.scope.cancel_called:  # its turn has come already
+                        if not ahead.scope.cancel_called:  # it was asked for already
                             await self._limit.acquire_on_behalf_of(ahead)
                             nursery.start_soon(self._keep, ahead)
         except LazysnapError as error:
@@ -203,13 +204,13 @@ class UnpackAhead:
         except Exception:  # a defect must not end the daemon
             _log.exception("unpacking layers ahead failed")
         finally:
-            self._forget(labels[CRI_MANIFEST_DIGEST], image)
+            self._forget(labels[CRI_MANIFEST_DIGEST], pull)
 
-    def _forget(self, key: str, image: Image) -> None:
-        if self._images.get(key) is image:
-            del self._images[key]
+    def _forget(self, key: str, pull: ImagePull) -> None:
+        if self._pulls.get(key) is pull:
+            del self._pulls[key]
 
-    async def _keep(self, ahead: _Ahead) -> None:
+    async def _keep(self, ahead: _PendingLayer) -> None:
         """Unpack a layer, and keep it until somebody has taken it."""
         with ahead.scope:
             try:
@@ -221,7 +222,7 @@ class UnpackAhead:
                 self._housekeeping.expect_garbage()
             await trio.sleep_forever()  # with the error, so that it is not tried again
 
-    async def _unpack(self, ahead: _Ahead, directory: str) -> None:
+    async def _unpack(self, ahead: _PendingLayer, directory: str) -> None:
         ahead.begun = True
 
         def build() -> str:
