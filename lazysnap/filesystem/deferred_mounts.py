@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes layers visible while containerd goes on, if the images of their trees are still being made.
+"""Mounts layers while containerd goes on, if the images of their trees are still being built.
 
-The image of a large tree takes as long as all that containerd does between two layers, and a layer is only
-looked into when something is put on it, which waits. A crash leaves a layer that is not visible, which is
-mended like any other: at the next start, and by each check before a use.
+Building the image of a large tree takes as long as all that containerd does between two layers, and a layer
+is only looked into when something is put on top of it, which waits. A crash leaves a layer that is not
+visible; it is mounted like any other that is missing: at the next start, and by each check before a use.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
 
 from lazysnap import log
+from lazysnap.advice import advice
 from lazysnap.filesystem.layer_mounts import LayerMounts
 from lazysnap.layers.opener import OpenedLayer, Opener
 from lazysnap.layers.slots import SlotRecord
@@ -24,7 +26,7 @@ _log = log.get(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Hidden:
-    """A layer that is not visible yet."""
+    """A layer that is not visible yet, as the image of its tree is still being built."""
 
     opened: OpenedLayer
     begun: bool = False
@@ -33,12 +35,12 @@ class _Hidden:
 
 
 class DeferredMounts:
-    """Layers that become visible later.
+    """Mounts layers as soon as they are complete.
 
     Args:
-        opener: of the layers.
-        layer_mounts: makes them visible.
-        nursery: where that is waited for.
+        opener: of the layers; knows when they are complete.
+        layer_mounts: mounts them.
+        nursery: where the tasks run that wait for a layer.
     """
 
     def __init__(self, opener: Opener, layer_mounts: LayerMounts, nursery: trio.Nursery) -> None:
@@ -48,7 +50,7 @@ class DeferredMounts:
         self._hidden: dict[int, _Hidden] = {}
 
     async def show(self, opened: OpenedLayer, record: SlotRecord, mountpoint: str) -> None:
-        """Make a layer visible, or note that `placed` has to.
+        """Make a layer visible, or leave that to `placed` if its tree's image is still being built.
 
         Args:
             opened: the layer.
@@ -66,32 +68,32 @@ class DeferredMounts:
             self._hidden[record.slot] = _Hidden(opened)
 
     def placed(self, attached: Attached) -> None:
-        """The directory of a layer has the name that it keeps: have the layer become visible there."""
+        """The directory of a layer has its final name: begin to make the layer visible there."""
         hidden = self._hidden.get(attached.attachment.slot)
         if hidden is not None:
             hidden.begun = True
-            self._nursery.start_soon(self._reveal, hidden, attached)
+            self._nursery.start_soon(self._mount_later, hidden, attached)
 
-    async def _reveal(self, hidden: _Hidden, attached: Attached) -> None:
+    async def _mount_later(self, hidden: _Hidden, attached: Attached) -> None:
+        slot = attached.attachment.slot
         try:
-            with hidden.scope:
+            # A layer that is not mounted here is mounted by the next check.
+            with advice(_log, "layer not mounted", level=logging.ERROR, slot=slot), hidden.scope:
                 await self._opener.finished(hidden.opened)
                 await trio.to_thread.run_sync(self._layer_mounts.restore, [attached])
-        except Exception:  # a defect must not end the daemon; the next check finds what is missing
-            _log.exception("layer not mounted", slot=attached.attachment.slot)
         finally:
-            self._hidden.pop(attached.attachment.slot, None)
+            self._hidden.pop(slot, None)
             hidden.done.set()
 
     async def settled(self, slots: Iterable[int]) -> None:
-        """Wait until those of these slots that are becoming visible are, or cannot be."""
+        """Wait until no mount of these slots is outstanding, be it that it was made or that it failed."""
         for slot in slots:
             hidden = self._hidden.get(slot)
             if hidden is not None:
                 await hidden.done.wait()
 
     async def drop(self, slot: int) -> None:
-        """A slot is given up: returns when its layer will not become visible any more."""
+        """Give up a slot; returns when its layer can no longer become visible."""
         hidden = self._hidden.pop(slot, None)
         if hidden is not None:
             hidden.scope.cancel()

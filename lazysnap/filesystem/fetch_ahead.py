@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has what a start needs of a layer fetched as soon as the layer's index is there.
+"""Has shards fetch what a start needs of a layer as soon as the layer's index is on disk.
 
-containerd mounts one layer after the other and does something between two of them, in which the network
-would be idle. Nothing depends on it: when the layer is mounted its shard is told the same once more, and
-begins with what it has not begun with.
+containerd mounts one layer after the other and does other work between two of them, while the network would
+be idle. Nothing depends on it: when the layer is mounted its shard is told the same once more, and fetches
+what it has not begun to fetch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from lazysnap import log
-from lazysnap.errors import LazysnapError
+from lazysnap.advice import advice
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.layers.opener import LayerSource, OpenedLayer
@@ -47,7 +47,7 @@ class FetchAhead:
         self._nursery = nursery
 
     def opened(self, source: LayerSource, opened: OpenedLayer) -> None:
-        """The index of a layer is there that will be mounted; returns at once."""
+        """The index of a layer is on disk that will soon be mounted; returns at once."""
         if source.manifest is not None:
             self._nursery.start_soon(self._tell, source, opened)
 
@@ -59,7 +59,7 @@ class FetchAhead:
             reference=source.reference.name,
             blob_size=opened.blob_size,
         )
-        try:
+        with advice(_log, "fetching a layer early failed", layer=layer.layer_digest):
             await self._finder.settled(source.manifest)
             reads = await self._learner.early_reads(source.manifest, layer.layer_digest)
             with self._supervisor.reserved(layer.layer_digest) as shard:
@@ -68,7 +68,3 @@ class FetchAhead:
                     shard, "expect", timeout=_CALL_SECONDS, layer=told, reads=reads
                 )
                 await trio.sleep(EXPECTED_SECONDS)  # the shard waits as long
-        except LazysnapError as error:
-            _log.debug("layer not fetched early", layer=layer.layer_digest, error=error)
-        except Exception:  # advice must not end the daemon
-            _log.exception("fetching a layer early failed")

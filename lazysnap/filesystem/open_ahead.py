@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that will be asked for soon: opened while the client is still on its way.
+"""Opens layers before the client asks for them.
 
-containerd asks for one layer after the other, and each would wait for its table of contents. So all
-layers of an image are opened together: when the first of them is asked for, as its labels name the
-others, or even before, when `lazysnap pull` names the image as soon as it is started. Nothing depends on
-it: a layer that was not opened ahead is opened when it is asked for.
+containerd asks for one layer after the other, and each would wait for its table of contents. So all layers
+of an image are opened together when the first of them is asked for, as its labels name the others. With
+`lazysnap pull`, which names the image as soon as it is started, they are opened even earlier. Nothing
+depends on it: a layer that was not opened ahead is opened when it is asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 import trio
 
 from lazysnap import log, oci
+from lazysnap.advice import advice
 from lazysnap.digest import Digest
-from lazysnap.errors import LazysnapError
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
@@ -38,8 +38,8 @@ class OpenAhead:
         registry: client.
         opener: of layers.
         finder: of profiles in the registry.
-        opened: told of each layer that is opened here, as soon as its index is on disk.
-        nursery: where all that runs.
+        nursery: where the tasks run that open layers.
+        opened: called with each layer that is opened here, as soon as its index is on disk.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class OpenAhead:
             platform: which of the image's platforms.
 
         Raises:
-            LazysnapError: it cannot be resolved. Not worth more than that the client tries it.
+            LazysnapError: it cannot be resolved; the client may still try.
         """
 
         def resolved(descriptor: oci.Descriptor, manifest: oci.Manifest) -> None:
@@ -79,7 +79,7 @@ class OpenAhead:
             return await self._registry.fetch_image(reference, platform, resolved)
 
     def above(self, request: RemoteRequest, reference: Reference) -> None:
-        """Begin with the layers above one that is asked for, and with its image's profile.
+        """Begin to open the layers above one that is asked for, and to look for its image's profile.
 
         Args:
             request: what the labels of the layer say.
@@ -109,11 +109,6 @@ class OpenAhead:
             self._nursery.start_soon(self._open, source)
 
     async def _open(self, source: LayerSource) -> None:
-        try:
+        with advice(_log, "layer not opened ahead", layer=source.digest):
             told = partial(self._opened, source) if self._opened is not None else None
             await self._opener.open(source, told)
-        except LazysnapError as error:
-            # Whatever is wrong with it will be said when it is asked for.
-            _log.debug("layer not opened ahead", layer=source.digest, error=error)
-        except Exception:  # a defect must not end the daemon
-            _log.exception("opening a layer ahead failed")

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds start-up profiles that somebody has pushed to the registry beside an image.
 
-Looked for once, when the first layer of an image is asked for, while that layer is opened; a registry
-that is slow to answer, or that has none, delays nothing. Advice only, so errors are not worth more than
-a line in the log.
+A profile is looked for once, when the first layer of an image is asked for, while that layer is opened. A
+registry that is slow to answer, or that has none, delays nothing. Advice only: an error is one line in
+the log.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 
 import trio
 
 from lazysnap import log
+from lazysnap.advice import advice
 from lazysnap.digest import Digest
-from lazysnap.errors import FormatError, LazysnapError
+from lazysnap.errors import FormatError
 from lazysnap.prefetch.profile import ARTIFACT_TYPE, MAX_SIZE, Profile, parse
 from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.reference import Reference
@@ -22,9 +24,10 @@ from lazysnap.registry import Registry, fetch_artifact, find_referrers
 
 _log = log.get(__name__)
 _SECONDS = 10.0
-# Who waits has opened a layer meanwhile: only a registry that is slower to answer this is waited for.
+# The caller has opened a layer meanwhile, which took about as long as the registry needs to answer. So the
+# caller only waits for a registry that answers this more slowly.
 _SETTLED_SECONDS = 0.25
-# A hostile registry shall not have us parse many.
+# So that a hostile registry cannot have us parse many.
 _MOST_REFERRERS = 4
 _REMEMBERED = 1024
 # The layers of one pull ask once; a later pull may find what was pushed since.
@@ -81,13 +84,12 @@ class ProfileFinder:
         if len(self._looked) > _REMEMBERED:
             self._looked.popitem(last=False)
         try:
-            with trio.move_on_after(_SECONDS):
+            with (
+                advice(_log, "no profile from the registry", level=logging.INFO, manifest=manifest),
+                trio.move_on_after(_SECONDS),
+            ):
                 if await trio.to_thread.run_sync(self._store.find, manifest) is None:
                     await self._take(reference, manifest)
-        except LazysnapError as error:
-            _log.info("no profile from the registry", manifest=manifest, error=error)
-        except Exception:  # advice must not end the daemon
-            _log.exception("no profile from the registry", manifest=manifest)
         finally:
             done.set()
 

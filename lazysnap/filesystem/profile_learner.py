@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learns what images read while they start, and has it fetched first the next time.
 
-The first start of an image on this node is watched, if there is no profile of it yet; a later start, or
-a pull after the image was removed, uses the profile. A start that was not watched to its end, as a shard
-was replaced, teaches nothing. Advice only: whatever goes wrong here is logged and changes nothing else.
+The first start of an image on this node is watched, if there is no profile of it yet. A later start, or a
+pull after the image was removed, uses the profile. Nothing is learned from a start that was not watched to
+its end, because a shard was replaced. Advice only: whatever goes wrong here is logged and changes nothing
+else.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,6 +17,7 @@ import msgspec
 import trio
 
 from lazysnap import log
+from lazysnap.advice import advice
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.prefetch.profile import Profile, Read, from_reads
@@ -101,15 +104,12 @@ class ProfileLearner:
             return
         self._watching[manifest] = trio.Event()
         try:
-            known = await self._find(manifest)
-            if known is not None:
-                await self._apply(known, chain)
-            elif self._enabled:
-                await self._watch(manifest, chain)
-        except LazysnapError as error:
-            _log.info("start not learned", manifest=manifest, error=error)
-        except Exception:  # advice must not end the daemon
-            _log.exception("start not learned", manifest=manifest)
+            with advice(_log, "start not learned", level=logging.INFO, manifest=manifest):
+                known = await self._find(manifest)
+                if known is not None:
+                    await self._apply(known, chain)
+                elif self._enabled:
+                    await self._watch(manifest, chain)
         finally:
             del self._watching[manifest]
             self._watched.add(manifest)

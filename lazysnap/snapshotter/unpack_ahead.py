@@ -20,6 +20,7 @@ from functools import partial
 import trio
 
 from lazysnap import log
+from lazysnap.advice import advice
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, LazysnapError
 from lazysnap.labels import CRI_MANIFEST_DIGEST
@@ -185,7 +186,7 @@ class UnpackAhead:
 
     async def _run(self, pull: ImagePull, labels: Mapping[str, str]) -> None:
         try:
-            with pull.scope:
+            with advice(_log, "layers are not unpacked ahead"), pull.scope:
                 above = await self._unpacker.above(labels)
                 pull.layers = {
                     layer.digest: _PendingLayer(layer)
@@ -199,10 +200,6 @@ class UnpackAhead:
                         if not ahead.scope.cancel_called:  # it was asked for already
                             await self._limit.acquire_on_behalf_of(ahead)
                             nursery.start_soon(self._keep, ahead)
-        except LazysnapError as error:
-            _log.debug("layers are not unpacked ahead", error=error)
-        except Exception:  # a defect must not end the daemon
-            _log.exception("unpacking layers ahead failed")
         finally:
             self._forget(labels[CRI_MANIFEST_DIGEST], pull)
 
