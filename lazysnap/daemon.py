@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -15,15 +15,8 @@ from lazysnap import channel, log, monitor, mounts, service, tracing, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import ConfigError, LazysnapError
-from lazysnap.filesystem.fetch_ahead import FetchAhead
+from lazysnap.filesystem.assembly import Assembly, Options, Parts, assemble
 from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
-from lazysnap.filesystem.layer_unpacker import LayerUnpacker
-from lazysnap.filesystem.open_ahead import OpenAhead
-from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.filesystem.shard_filesystem import ShardFilesystem
-from lazysnap.layers.builder_pool import Builders
-from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.paths import Root
 from lazysnap.pull.daemon_server import Delegated
 from lazysnap.registry.client import Registry
@@ -31,11 +24,8 @@ from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
-from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
-from lazysnap.unpack.applier_pool import Appliers
 
 _log = log.get(__name__)
 
@@ -77,7 +67,6 @@ async def _serve(
     task_status: trio.TaskStatus[Reload] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     write_settings(root, _settings_for_shards(config))
-    cache = Cache(Root(root).cache.path)
     supervisor = Supervisor(
         root,
         config.shard_count(),
@@ -86,68 +75,28 @@ async def _serve(
         slice_name=shard_slice,
     )
     store = SnapshotStore(Root(root).database)
-    builders = Builders(os.cpu_count() or 1, kept=1)
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
-            nursery.start_soon(builders.run)
-            layer_mounts = KernelTreeMounts(
-                cache, supervisor, kernel_trees=config.lazy.kernel_trees
+            cache = Cache(Root(root).cache.path)
+            kernel_trees = config.lazy.kernel_trees
+            parts = Parts(
+                store=store,
+                cache=cache,
+                supervisor=supervisor,
+                registry=registry,
+                layer_mounts=KernelTreeMounts(cache, supervisor, kernel_trees=kernel_trees),
+                nursery=nursery,
             )
-            opener = Opener(
-                cache.index,
-                registry,
-                builders,
-                allow_unverified=config.lazy.allow_unverified,
-                trees=cache.trees if layer_mounts.serves_trees else "",
-            )
-            finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
-            learner = ProfileLearner(
-                root,
-                supervisor,
-                enabled=config.fetch.learn_profiles,
-                seconds=config.fetch.learn_seconds,
-            )
-            fetch_ahead = FetchAhead(supervisor, finder, learner, nursery)
-            # Without kernel trees, a layer with xattrs goes to another shard, which is only known later.
-            opened = fetch_ahead.opened if layer_mounts.capabilities.any_shard else None
-            ahead = OpenAhead(registry, opener, finder, nursery, opened)
-            filesystem = ShardFilesystem(
-                root,
-                supervisor,
-                opener,
-                nursery,
-                learner,
-                finder,
-                layer_mounts,
-                ahead,
-                mounts.overlay_facts().opaque_xattr,
-            )
-            snapshotter = Snapshotter(
-                root,
-                store,
-                settings=Settings(sync_on_commit=config.snapshots.sync_on_commit),
-                filesystem=filesystem if config.lazy.enabled else None,
-                unpacker=_unpacker(config, registry),
-            )
-            await snapshotter.start(nursery)
-            nursery.start_soon(supervisor.watch)
-            watcher = monitor.Monitor(supervisor, registry, supervisor.layers)
-            await watcher.begin()
-            if config.metrics_address:
-                await nursery.start(monitor.serve, config.metrics_address, watcher.text)
-            if config.lazy.enabled:
-                telling = {"pull": Delegated(registry, ahead).pull}
-                path = Root(root).daemon_socket
-                await nursery.start(partial(channel.serve, path, {}, telling=telling))
-            await nursery.start(service.serve, snapshotter, config.address)
-            nursery.start_soon(watchdog.run, snapshotter.answers)
-            _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
-            task_status.started(Reload(config, root, registry, supervisor, _settings_for_shards))
-            try:
+            assembly = assemble(_options(config), parts)
+            async with assembly.snapshotter.running(nursery):
+                nursery.start_soon(supervisor.watch)
+                await monitor.start(nursery, supervisor, registry, config.metrics_address)
+                await _serve_clients(config, root, assembly, registry, nursery)
+                _log.info("ready", address=config.address, root=root, version=lazysnap.__version__)
+                task_status.started(
+                    Reload(config, root, registry, supervisor, _settings_for_shards)
+                )
                 await trio.sleep_forever()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await snapshotter.aclose()
     finally:
         with trio.CancelScope(shield=True):
             if unmount_on_exit:
@@ -155,20 +104,35 @@ async def _serve(
         store.close()
 
 
+async def _serve_clients(
+    config: Config, root: str, assembly: Assembly, registry: Registry, nursery: trio.Nursery
+) -> None:
+    """Begin to answer commands and containerd."""
+    if config.lazy.enabled:
+        telling = {"pull": Delegated(registry, assembly.open_ahead).pull}
+        path = Root(root).daemon_socket
+        await nursery.start(partial(channel.serve, path, {}, telling=telling))
+    await nursery.start(service.serve, assembly.snapshotter, config.address)
+    nursery.start_soon(watchdog.run, assembly.snapshotter.answers)
+
+
+def _options(config: Config) -> Options:
+    return Options(
+        lazy=config.lazy.enabled,
+        allow_unverified=config.lazy.allow_unverified,
+        unpack=config.snapshots.eager != "containerd",
+        find_profiles=config.fetch.find_profiles,
+        learn_profiles=config.fetch.learn_profiles,
+        learn_seconds=config.fetch.learn_seconds,
+        fetch_ahead=True,
+        builders_kept=1,
+        sync_on_commit=config.snapshots.sync_on_commit,
+    )
+
+
 def _settings_for_shards(config: Config) -> ShardSettings:
     """What workers of shards read of the configuration."""
     return shard_settings(config, config.shard_count())
-
-
-def _unpacker(config: Config, registry: Registry) -> LayerUnpacker | None:
-    if config.snapshots.eager == "containerd":
-        return None
-
-    def maybe(annotations: Mapping[str, str]) -> bool:
-        unverified = config.lazy.allow_unverified
-        return config.lazy.enabled and may_be_lazy(annotations, allow_unverified=unverified)
-
-    return LayerUnpacker(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
 
 
 async def _unmount(root: str, supervisor: Supervisor) -> None:

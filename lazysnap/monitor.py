@@ -86,6 +86,26 @@ class Monitor:
         return gauges
 
 
+async def start(
+    nursery: trio.Nursery, supervisor: Supervisor, registry: Registry, address: str
+) -> None:
+    """Begin to count, and to answer `GET /metrics` if there is an address.
+
+    Args:
+        nursery: where requests are answered.
+        supervisor: of the shards.
+        registry: the daemon's client.
+        address: as for `serve`; empty if metrics are not served.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    monitor = Monitor(supervisor, registry, supervisor.layers)
+    await monitor.begin()
+    if address:
+        await nursery.start(serve, address, monitor.text)
+
+
 async def serve(
     address: str,
     text: Callable[[], Awaitable[bytes]],

@@ -41,9 +41,6 @@ class KernelTreeMounts:
         cache: of the root.
         supervisor: of the shards.
         kernel_trees: have the kernel serve trees if it can.
-
-    Attributes:
-        serves_trees: whether the kernel serves trees, so that images of them are needed.
     """
 
     def __init__(self, cache: Cache, supervisor: Supervisor, *, kernel_trees: bool) -> None:
@@ -52,10 +49,10 @@ class KernelTreeMounts:
         with contextlib.suppress(LazysnapError, OSError):  # the next start tries again
             clean(cache.root)
         problem = why_not(cache.root) if kernel_trees else "it is switched off"
-        self.serves_trees = not problem
+        self._serves_trees = not problem
         self._root = Root(supervisor.root)
         self._lock = threading.Lock()
-        if self.serves_trees:
+        if self._serves_trees:
             serve_xattrs_everywhere(supervisor.root)
             cache.recover_after_boot()
         if kernel_trees and problem:
@@ -64,11 +61,16 @@ class KernelTreeMounts:
     @property
     def capabilities(self) -> Capabilities:
         """What this allows; see `LayerMounts`."""
-        return Capabilities(any_shard=self.serves_trees, knows_below=True, may_be_late=True)
+        return Capabilities(
+            any_shard=self._serves_trees,
+            knows_below=True,
+            may_be_late=True,
+            tree_images=self._serves_trees,
+        )
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         """Make a layer visible; see `LayerMounts`."""
-        if self.serves_trees:
+        if self._serves_trees:
             try:
                 mount_tree(self._tree(record), mountpoint)
                 return
@@ -101,7 +103,7 @@ class KernelTreeMounts:
         self, point: MountPoint, attachment: Attachment, points: dict[str, MountPoint]
     ) -> bool:
         if point.fstype == "erofs":
-            return self.serves_trees
+            return self._serves_trees
         shard = points.get(self._supervisor.mountpoint(attachment.shard))
         return shard is not None and shard.device == point.device
 
@@ -111,7 +113,7 @@ class KernelTreeMounts:
         Another stage makes another mount, in which overlay finds objects that it read from shards before.
         """
         directories = [layer.directory for layer in layers]
-        if not self.serves_trees:
+        if not self._serves_trees:
             return directories
         first = next(i for i, layer in enumerate(layers) if layer.attachment is not None)
         try:

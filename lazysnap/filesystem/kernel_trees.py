@@ -124,7 +124,7 @@ def _try(probe: str) -> str:
 
 
 def _index(digest: str) -> LayerIndex:
-    """Of a layer with one file."""
+    """The index of a layer with one file."""
     entry = {"name": "file", "type": "reg", "size": len(_DATA), "chunkDigest": f"sha256:{digest}"}
     table = json.dumps({"version": 1, "entries": [entry]}).encode()
     packed = io.BytesIO()
@@ -133,5 +133,13 @@ def _index(digest: str) -> LayerIndex:
         member.size = len(table)
         tar.addfile(member, io.BytesIO(table))
     compressed = gzip.compress(packed.getvalue())
-    location = TocLocation("estargz", "gzip", 1 << 20, 1 << 10, len(compressed), None, 1 << 10)
+    location = TocLocation(
+        kind="estargz",
+        compression="gzip",
+        blob_size=1 << 20,
+        offset=1 << 10,
+        length=len(compressed),
+        uncompressed_length=None,
+        data_end=1 << 10,
+    )
     return LayerIndex(encode(build(trust_unverified_toc(location, compressed))))

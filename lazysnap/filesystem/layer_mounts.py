@@ -34,11 +34,13 @@ class Capabilities:
             is attached: if they are, opaque directories that hide nothing need not be marked.
         may_be_late: a layer may become visible after its snapshot was made. Asked when a layer is
             mounted whose tree image is still being built: if it may not, its mount waits for the image.
+        tree_images: images of layers' trees are needed. Asked when layers are opened, which builds them.
     """
 
     any_shard: bool
     knows_below: bool
     may_be_late: bool
+    tree_images: bool
 
 
 class LayerMounts(Protocol):
@@ -105,15 +107,19 @@ class NoMounts:
 
     Args:
         root: lazysnap's root directory; all its shards serve extended attributes from now on.
+        tree_images: whether clients of the store need images of layers' trees.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, tree_images: bool) -> None:
         serve_xattrs_everywhere(root)
+        self._tree_images = tree_images
 
     @property
     def capabilities(self) -> Capabilities:
         """What this allows; see `LayerMounts`."""
-        return Capabilities(any_shard=True, knows_below=False, may_be_late=False)
+        return Capabilities(
+            any_shard=True, knows_below=False, may_be_late=False, tree_images=self._tree_images
+        )
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         """Do nothing; see `LayerMounts`."""
@@ -141,13 +147,13 @@ class ShardDirectories(NoMounts):
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
-        super().__init__(supervisor.root)
+        super().__init__(supervisor.root, tree_images=False)
         self._supervisor = supervisor
 
     @property
     def capabilities(self) -> Capabilities:
         """What this allows; see `LayerMounts`."""
-        return Capabilities(any_shard=True, knows_below=True, may_be_late=False)
+        return Capabilities(any_shard=True, knows_below=True, may_be_late=False, tree_images=False)
 
     def lowerdirs(self, layers: Sequence[Lower], *, stage: str = "") -> Sequence[str]:
         """The directories that overlay is to have; see `LayerMounts`."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lazy layers on shards: what `Filesystem` asks for, done with the opener and the supervisor.
+"""The file system of lazy layers: mounts them on shards.
 
-The order of things makes a crash harmless: an index is complete before a slot names it, a slot's record
-is on disk before its directory can be looked up, and the bind mount comes last. What a crash leaves is
-removed by `restore`.
+Implements `lazysnap.snapshotter.interfaces.Filesystem` with the opener and the supervisor. A crash is
+harmless because of the order: an index is complete before a slot names it, a slot's record is on disk
+before its directory can be looked up, and the mount comes last. `restore` removes what a crash leaves.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lazysnap.filesystem.layer_mounts import LayerMounts, record_of
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.labels import parse_remote_request
+from lazysnap.labels import RemoteRequest, parse_remote_request
 from lazysnap.layers.inherited import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.layers.slots import (
     Inherited,
     SlotRecord,
@@ -63,30 +63,29 @@ class ShardFilesystem:
     """Mounts layers lazily, on the shards of a root.
 
     Args:
-        root: lazysnap's root directory.
         supervisor: of the shards.
         opener: of layers.
-        nursery: where starts of containers are watched.
-        learner: of start-up profiles.
-        finder: of profiles in the registry.
-        layer_mounts: makes layers visible.
         open_ahead: opens the other layers of an image.
+        finder: of profiles in the registry.
+        learner: of start-up profiles.
+        layer_mounts: makes layers visible.
         opaque_xattr: how overlay on this node marks opaque directories.
+        nursery: where layers are mounted later, and starts of containers are watched.
     """
 
     def __init__(
         self,
-        root: str,
+        *,
         supervisor: Supervisor,
         opener: Opener,
-        nursery: trio.Nursery,
-        learner: ProfileLearner,
-        finder: ProfileFinder,
-        layer_mounts: LayerMounts,
         open_ahead: OpenAhead,
-        opaque_xattr: bytes = b"trusted.overlay.opaque",
+        finder: ProfileFinder,
+        learner: ProfileLearner,
+        layer_mounts: LayerMounts,
+        opaque_xattr: bytes,
+        nursery: trio.Nursery,
     ) -> None:
-        self._root = root
+        self._root = supervisor.root
         self._supervisor = supervisor
         self._opener = opener
         self._nursery = nursery
@@ -106,38 +105,12 @@ class ShardFilesystem:
         request = parse_remote_request(labels)
         if request is None:
             raise NotLazy("the labels name no layer", reason="no-image-labels")
-        reference = Reference.parse(request.reference)
-        self._open_ahead.above(request, reference)
-        source = LayerSource(
-            reference,
-            request.layer_digest,
-            size=request.layer_size,
-            media_type=request.media_type,
-            annotations=request.annotations,
-            manifest=request.manifest_digest,
-            complete=request.media_type is not None,
-        )
+        source = _source(request)
+        self._open_ahead.above(request, source.reference)
         opened = await self._opener.open(source)
-        if request.manifest_digest is not None:
-            await self._finder.settled(request.manifest_digest)
-        merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
-        special = merged.xattrs and not self._layer_mounts.capabilities.any_shard
-        shard = self._supervisor.choose(request.layer_digest, xattrs=special)
-        if special:
-            await self._supervisor.ensure(shard)
-        record = SlotRecord(
-            slot=slot,
-            shard=shard,
-            layer_digest=str(request.layer_digest),  # msgspec encodes no subclasses of str
-            index=opened.index,
-            annotations=dict(opened.annotations),
-            reference=reference.name,
-            blob_size=opened.blob_size,
-            manifest=str(request.manifest_digest or ""),
-            opaque_xattr=merged.opaque_xattr,
-            inherited=merged.inherited,
-            below=[lower.attachment.slot for lower in lowers if lower.attachment is not None],
-        )
+        if source.manifest is not None:
+            await self._finder.settled(source.manifest)
+        record = await self._record(slot, source, opened, lowers)
         packed = msgspec.msgpack.encode(record)
         attachment = Attachment(slot, record.shard, record.layer_digest, packed)
         self._supervisor.note(record.shard, record.layer_digest)
@@ -158,12 +131,35 @@ class ShardFilesystem:
             raise
         return attachment
 
+    async def _record(
+        self, slot: int, source: LayerSource, opened: OpenedLayer, lowers: Sequence[Lower]
+    ) -> SlotRecord:
+        """Choose the shard of a layer, which is started if need be, and describe its slot."""
+        merged = await trio.to_thread.run_sync(self._merge, opened.index, lowers)
+        special = merged.xattrs and not self._layer_mounts.capabilities.any_shard
+        shard = self._supervisor.choose(source.digest, xattrs=special)
+        if special:
+            await self._supervisor.ensure(shard)
+        return SlotRecord(
+            slot=slot,
+            shard=shard,
+            layer_digest=str(source.digest),  # msgspec encodes no subclasses of str
+            index=opened.index,
+            annotations=dict(opened.annotations),
+            reference=source.reference.name,
+            blob_size=opened.blob_size,
+            manifest=str(source.manifest or ""),
+            opaque_xattr=merged.opaque_xattr,
+            inherited=merged.inherited,
+            below=[lower.attachment.slot for lower in lowers if lower.attachment is not None],
+        )
+
     def placed(self, attached: Attached) -> None:
         """A layer has its place; see `Filesystem`."""
         self._deferred_mounts.placed(attached)
 
     def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
-        """In a thread: what the layers below mean for how this one is shown."""
+        """How a layer is shown on top of those below it; runs in a thread."""
         index = open_index(self._index_path(index_name))
         trees = [self._tree(lower) for lower in lowers]
         try:
@@ -353,3 +349,15 @@ class ShardFilesystem:
             remove_slot(self._root, slot)
             with contextlib.suppress(LazysnapError):
                 await self._supervisor.call(attached.attachment.shard, "detach", slots=[slot])
+
+
+def _source(request: RemoteRequest) -> LayerSource:
+    return LayerSource(
+        Reference.parse(request.reference),
+        request.layer_digest,
+        size=request.layer_size,
+        media_type=request.media_type,
+        annotations=request.annotations,
+        manifest=request.manifest_digest,
+        complete=request.media_type is not None,
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon of the additional layer store: puts all parts together and runs until told to stop."""
+"""The daemon of the additional layer store: puts all parts together and runs until it is told to stop."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ import msgspec
 import trio
 
 import lazysnap
-from lazysnap import channel, log, monitor, mounts, watchdog
+from lazysnap import channel, log, monitor, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import Internal, LazysnapError
+from lazysnap.filesystem.assembly import Options, Parts, assemble
 from lazysnap.filesystem.layer_mounts import NoMounts
-from lazysnap.filesystem.open_ahead import OpenAhead
-from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.filesystem.shard_filesystem import ShardFilesystem
-from lazysnap.layers.builder_pool import Builders
-from lazysnap.layers.opener import Opener
 from lazysnap.layerstore.images import Images
 from lazysnap.layerstore.kernel_trees import KernelTrees
 from lazysnap.layerstore.layers import LayerStore
@@ -34,7 +29,7 @@ from lazysnap.reloading import Reload, run_until_stopped
 from lazysnap.root import introduce, lock_root
 from lazysnap.settings import registry_settings, shard_settings
 from lazysnap.shard.settings import ShardSettings, write_settings
-from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 
@@ -90,39 +85,30 @@ async def _serve(
     )
     _make_path(root)
     store = SnapshotStore(Root(root).database)
-    builders = Builders(os.cpu_count() or 1)
     try:
         async with Registry(registry_settings(config)) as registry, trio.open_nursery() as nursery:
-            nursery.start_soon(builders.run)
             cache = Cache(Root(root).cache.path)
             trees = KernelTrees(cache, supervisor, enabled=config.lazy.kernel_trees)
-            opener = Opener(
-                cache.index,
-                registry,
-                builders,
-                allow_unverified=config.lazy.allow_unverified,
-                trees=cache.trees if trees.possible else "",
+            parts = Parts(
+                store=store,
+                cache=cache,
+                supervisor=supervisor,
+                registry=registry,
+                layer_mounts=NoMounts(root, tree_images=trees.possible),
+                nursery=nursery,
             )
-            filesystem = _filesystem(config, root, supervisor, registry, opener, nursery)
-            snapshotter = Snapshotter(
-                root, store, settings=Settings(sync_on_commit=False), filesystem=filesystem
-            )
-            await snapshotter.start(nursery)
-            nursery.start_soon(supervisor.watch)
-            watcher = monitor.Monitor(supervisor, registry, supervisor.layers)
-            await watcher.begin()
-            if config.metrics_address:
-                await nursery.start(monitor.serve, config.metrics_address, watcher.text)
-            await trio.to_thread.run_sync(trees.start)
-            await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
-            _log.info("ready", store=Root(root).store, version=lazysnap.__version__)
-            nursery.start_soon(watchdog.run, snapshotter.answers)
-            task_status.started(Reload(config, root, registry, supervisor, _settings_for_shards))
-            try:
+            snapshotter = assemble(_options(config), parts).snapshotter
+            async with snapshotter.running(nursery):
+                nursery.start_soon(supervisor.watch)
+                await monitor.start(nursery, supervisor, registry, config.metrics_address)
+                await trio.to_thread.run_sync(trees.start)
+                await _serve_layers(root, snapshotter, Images(registry), trees, nursery)
+                _log.info("ready", store=Root(root).store, version=lazysnap.__version__)
+                nursery.start_soon(watchdog.run, snapshotter.answers)
+                task_status.started(
+                    Reload(config, root, registry, supervisor, _settings_for_shards)
+                )
                 await trio.sleep_forever()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await snapshotter.aclose()
     finally:
         with trio.CancelScope(shield=True):
             if unmount_on_exit:
@@ -130,31 +116,16 @@ async def _serve(
         store.close()
 
 
+def _options(config: Config) -> Options:
+    return Options(
+        allow_unverified=config.lazy.allow_unverified,
+        find_profiles=config.fetch.find_profiles,
+    )
+
+
 def _settings_for_shards(config: Config) -> ShardSettings:
     """What the worker of the shard reads of the configuration."""
     return msgspec.structs.replace(shard_settings(config, _SHARDS), named=True)
-
-
-def _filesystem(
-    config: Config,
-    root: str,
-    supervisor: Supervisor,
-    registry: Registry,
-    opener: Opener,
-    nursery: trio.Nursery,
-) -> ShardFilesystem:
-    finder = ProfileFinder(root, registry, enabled=config.fetch.find_profiles)
-    return ShardFilesystem(
-        root,
-        supervisor,
-        opener,
-        nursery,
-        ProfileLearner(root, supervisor, enabled=False, seconds=0),
-        finder,
-        NoMounts(root),
-        OpenAhead(registry, opener, finder, nursery),
-        mounts.overlay_facts().opaque_xattr,
-    )
 
 
 async def _serve_layers(
@@ -164,7 +135,7 @@ async def _serve_layers(
     trees: KernelTrees,
     nursery: trio.Nursery,
 ) -> None:
-    """Answer workers, and collect what nobody uses any more."""
+    """Begin to answer workers, and to remove layers that nobody uses any more."""
     wakes, waits = trio.open_memory_channel[None](1)
 
     def expect_garbage() -> None:
@@ -191,17 +162,6 @@ async def _serve_layers(
         await trio.sleep(_FORGOTTEN_SECONDS)
         await layers.show_trees()
 
-    async def collect() -> None:
-        while True:
-            with trio.move_on_after(_COLLECT_SECONDS):
-                await waits.receive()
-                await trio.sleep(_SETTLE_SECONDS)
-            try:
-                await layers.collect()
-                await layers.show_trees()  # of a shard that was mounted anew
-            except LazysnapError as error:
-                _log.warning("unused layers are not removed", error=error)
-
     handlers = {
         "find": find,
         "used": layers.used,
@@ -210,7 +170,20 @@ async def _serve_layers(
     }
     await nursery.start(channel.serve, Root(root).store_socket, handlers)
     await layers.show_trees()
-    nursery.start_soon(collect)
+    nursery.start_soon(_collect, layers, waits)
+
+
+async def _collect(layers: LayerStore, waits: trio.MemoryReceiveChannel[None]) -> None:
+    """Remove unused layers for ever: now and then, and soon after some are expected."""
+    while True:
+        with trio.move_on_after(_COLLECT_SECONDS):
+            await waits.receive()
+            await trio.sleep(_SETTLE_SECONDS)
+        try:
+            await layers.collect()
+            await layers.show_trees()  # of a shard that was mounted anew
+        except LazysnapError as error:
+            _log.warning("unused layers are not removed", error=error)
 
 
 def _make_path(root: str) -> None:

@@ -12,7 +12,8 @@ order of events; locks by key only spare work that would be refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -94,6 +95,23 @@ class Snapshotter:
         self._keys = KeyLocks()
 
     # -- life -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self, nursery: trio.Nursery) -> AsyncIterator[None]:
+        """Start, and stop background work after the body, also if that is cancelled.
+
+        Args:
+            nursery: as for `start`.
+
+        Raises:
+            Internal: the root or the database cannot be read.
+        """
+        await self.start(nursery)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.aclose()
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Recover from however the last process ended, and begin background work.

@@ -14,23 +14,17 @@ from typing import TypeVar
 
 import trio
 
-from lazysnap import mounts
 from lazysnap.cache import Cache
+from lazysnap.filesystem.assembly import Options, Parts, assemble
 from lazysnap.filesystem.kernel_tree_mounts import KernelTreeMounts
 from lazysnap.filesystem.layer_mounts import LayerMounts, ShardDirectories
 from lazysnap.filesystem.layer_unpacker import LayerUnpacker
-from lazysnap.filesystem.open_ahead import OpenAhead
-from lazysnap.filesystem.profile_finder import ProfileFinder
-from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.filesystem.shard_filesystem import ShardFilesystem
-from lazysnap.layers.builder_pool import Builders
-from lazysnap.layers.opener import Opener
 from lazysnap.paths import Root
 from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from lazysnap.shard.settings import ShardSettings, read_settings, write_settings
 from lazysnap.snapshotter.interfaces import Unpacker
-from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
+from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
 from lazysnap.unpack.applier_pool import Appliers
@@ -86,39 +80,31 @@ async def run(
         root: taken.
         store: its database.
         registry: client.
-        settings: of that client; shards get them, too, beside what they have.
-        work: is called when all is brought to what the database says.
+        settings: of that client; added to the settings of shards.
+        work: called when everything is as the database says.
         find_profiles: look for start-up profiles beside images.
 
     Raises:
         LazysnapError: what `work` raises, or the snapshotter when it starts.
     """
-    changed = _tell_shards(root, settings)
+    changed = _write_settings(root, settings)
     supervisor = new_supervisor(root)
     cache = Cache(Root(root).cache.path)
-    builders = Builders(os.cpu_count() or 1)
     outcome: list[T] = []
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(builders.run)
         try:
-            filesystem = _filesystem(
-                root, supervisor, cache, registry, builders, nursery, find_profiles
+            parts = Parts(
+                store=store,
+                cache=cache,
+                supervisor=supervisor,
+                registry=registry,
+                layer_mounts=_layer_mounts(cache, supervisor),
+                nursery=nursery,
             )
-            # Nothing here has to survive a power cut: no mount does.
-            snapshotter = Snapshotter(
-                root, store, settings=Settings(sync_on_commit=False), filesystem=filesystem
-            )
-            await snapshotter.start(nursery)
-            try:
-                if changed:
-                    await supervisor.call_all("reload")
-                unpacker = LayerUnpacker(registry, Appliers(os.cpu_count() or 1))
-                outcome.append(await work(Engine(snapshotter, unpacker, supervisor)))
-                await snapshotter.cleanup()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await snapshotter.aclose()
+            # Nothing here has to survive a power cut, as no mount does: so nothing is synced.
+            options = Options(find_profiles=find_profiles, sync_on_commit=False)
+            outcome.append(await _work(parts, options, work, reload=changed))
         except Exception as error:  # raised outside, where it is not wrapped into a group
             failure = error
         nursery.cancel_scope.cancel()
@@ -127,8 +113,21 @@ async def run(
     return outcome[0]
 
 
-def _tell_shards(root: str, settings: RegistrySettings) -> bool:
-    """Write what workers have to know; whether that is something new."""
+async def _work(
+    parts: Parts, options: Options, work: Callable[[Engine], Awaitable[T]], *, reload: bool
+) -> T:
+    snapshotter = assemble(options, parts).snapshotter
+    async with snapshotter.running(parts.nursery):
+        if reload:
+            await parts.supervisor.call_all("reload")
+        unpacker = LayerUnpacker(parts.registry, Appliers(os.cpu_count() or 1))
+        outcome = await work(Engine(snapshotter, unpacker, parts.supervisor))
+        await snapshotter.cleanup()
+        return outcome
+
+
+def _write_settings(root: str, settings: RegistrySettings) -> bool:
+    """Write the settings of workers; returns whether they have changed."""
     known = read_settings(root)
     hosts = known.registry.plain_http_hosts | settings.plain_http_hosts
     wanted = ShardSettings(
@@ -138,31 +137,7 @@ def _tell_shards(root: str, settings: RegistrySettings) -> bool:
     return wanted != known
 
 
-def _filesystem(
-    root: str,
-    supervisor: Supervisor,
-    cache: Cache,
-    registry: Registry,
-    builders: Builders,
-    nursery: trio.Nursery,
-    find_profiles: bool,
-) -> ShardFilesystem:
-    layer_mounts: LayerMounts
+def _layer_mounts(cache: Cache, supervisor: Supervisor) -> LayerMounts:
     if os.geteuid() == 0:
-        layer_mounts = kernel = KernelTreeMounts(cache, supervisor, kernel_trees=True)
-        trees = cache.trees if kernel.serves_trees else ""
-    else:
-        layer_mounts, trees = ShardDirectories(supervisor), ""
-    opener = Opener(cache.index, registry, builders, trees=trees)
-    finder = ProfileFinder(root, registry, enabled=find_profiles)
-    return ShardFilesystem(
-        root,
-        supervisor,
-        opener,
-        nursery,
-        ProfileLearner(root, supervisor, enabled=False, seconds=0),
-        finder,
-        layer_mounts,
-        OpenAhead(registry, opener, finder, nursery),
-        mounts.overlay_facts().opaque_xattr,
-    )
+        return KernelTreeMounts(cache, supervisor, kernel_trees=True)
+    return ShardDirectories(supervisor)

@@ -50,7 +50,9 @@ class Mounts:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(any_shard=True, knows_below=True, may_be_late=self.may_be_late)
+        return Capabilities(
+            any_shard=True, knows_below=True, may_be_late=self.may_be_late, tree_images=True
+        )
 
     def show(self, record: SlotRecord, mountpoint: str) -> None:
         self.at.append(mountpoint)
