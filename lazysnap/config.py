@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from lazysnap import paths
 
@@ -34,12 +34,14 @@ class Snapshots(_Section, frozen=True):
 
     sync_on_commit: Annotated[
         bool,
-        Meta(description="wait at each commit of an unpacked layer until the disk has all of it"),
+        Meta(
+            description="when an unpacked layer is committed, wait until all of it is on the disk"
+        ),
     ] = True
     eager: Annotated[
         Literal["containerd", "direct"],
         Meta(
-            description="who unpacks what cannot be lazy: containerd; or the daemon itself, direct"
+            description="what unpacks layers that cannot be lazy: containerd, or the daemon direct"
             " from the registry"
         ),
     ] = "containerd"
@@ -52,13 +54,13 @@ class Lazy(_Section, frozen=True):
     allow_unverified: Annotated[
         bool,
         Meta(
-            description="also layers without digests: whoever controls the registry then"
-            " controls what containers run"
+            description="allow lazy layers without digests; the registry then decides"
+            " what containers run"
         ),
     ] = False
     kernel_trees: Annotated[
         bool,
-        Meta(description="have the kernel serve names and attributes of files, if it can"),
+        Meta(description="let the kernel serve names and attributes of files, if it can"),
     ] = True
 
 
@@ -67,18 +69,25 @@ class Shards(_Section, frozen=True):
 
     count: Annotated[
         int,
-        Meta(ge=0, le=64, description="how many there are; 0: one for each CPU, at most 4"),
+        Meta(ge=0, le=64, description="number of shards; 0: one for each CPU, at most 4"),
     ] = 0
     max_background: Annotated[
         int,
-        Meta(ge=1, le=65535, description="requests that the kernel may have in flight to one"),
+        Meta(
+            ge=1, le=65535, description="requests that the kernel may send to one shard at a time"
+        ),
     ] = 64
     read_ahead_kib: Annotated[
-        int, Meta(ge=0, le=65536, description="how far the kernel reads ahead")
+        int, Meta(ge=0, le=65536, description="how far the kernel reads ahead in a file, in KiB")
     ] = 1024
     decode_threads: Annotated[
         int,
-        Meta(ge=1, le=256, extra=_RELOAD, description="threads of each that inflate and verify"),
+        Meta(
+            ge=1,
+            le=256,
+            extra=_RELOAD,
+            description="threads of each shard that decompress and verify",
+        ),
     ] = 4
 
 
@@ -89,29 +98,48 @@ class Fetch(_Section, frozen=True):
         bool,
         Meta(
             extra=_RELOAD,
-            description="fetch all of each layer when there is nothing more urgent to do",
+            description="fetch the rest of each layer when there is nothing more urgent to do",
         ),
     ] = True
     background_delay_seconds: Annotated[
         float,
-        Meta(ge=0, le=_DAY, extra=_RELOAD, description="after a layer was mounted"),
+        Meta(
+            ge=0,
+            le=_DAY,
+            extra=_RELOAD,
+            description="how long after the mount of a layer this begins",
+        ),
     ] = 10.0
     connections: Annotated[
-        int, Meta(ge=1, le=1024, extra=_RELOAD, description="of one shard to one host")
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            extra=_RELOAD,
+            description="connections that one shard has to one host, at most",
+        ),
     ] = 16
     bytes_per_second: Annotated[
         int,
-        Meta(ge=0, le=_MOST_BYTES, extra=_RELOAD, description="over all hosts; 0: no limit"),
+        Meta(
+            ge=0,
+            le=_MOST_BYTES,
+            extra=_RELOAD,
+            description="limit for all hosts together; 0: no limit",
+        ),
     ] = 0
     host_bytes_per_second: Annotated[
-        int, Meta(ge=0, le=_MOST_BYTES, extra=_RELOAD, description="for each host; 0: no limit")
+        int,
+        Meta(ge=0, le=_MOST_BYTES, extra=_RELOAD, description="limit for each host; 0: no limit"),
     ] = 0
     learn_profiles: Annotated[
         bool,
-        Meta(description="note what an image reads while it starts; fetch that first next time"),
+        Meta(
+            description="record what an image reads while it starts, and fetch that first next time"
+        ),
     ] = True
     learn_seconds: Annotated[
-        float, Meta(ge=0.1, le=3600, description="how long a start is watched")
+        float, Meta(ge=0.1, le=3600, description="how long a start is recorded")
     ] = 30.0
     find_profiles: Annotated[
         bool, Meta(description="ask the registry for a profile beside the image")
@@ -119,13 +147,13 @@ class Fetch(_Section, frozen=True):
 
 
 class RegistrySection(_Section, frozen=True):
-    """How registries are spoken to."""
+    """Access to registries."""
 
     plain_http_hosts: Annotated[
         list[Annotated[str, Meta(min_length=1)]],
         Meta(
             extra=_RELOAD,
-            description='hosts ("name" or "name:port") without TLS; loopback addresses always are',
+            description='hosts ("name" or "name:port") to use without TLS; loopback needs no entry',
         ),
     ] = []
     retry_seconds: Annotated[
@@ -134,7 +162,7 @@ class RegistrySection(_Section, frozen=True):
             ge=0.1,
             le=_DAY,
             extra=_RELOAD,
-            description="how long one read keeps trying without getting anywhere",
+            description="how long a read is tried again without any progress, before it fails",
         ),
     ] = 30.0
     stall_seconds: Annotated[
@@ -147,7 +175,7 @@ class RegistrySection(_Section, frozen=True):
             ge=0,
             le=_DAY,
             extra=_RELOAD,
-            description="how long a layer counts as reachable after bytes came from it",
+            description="how long a layer counts as reachable after bytes of it have arrived",
         ),
     ] = 60.0
 
@@ -161,7 +189,7 @@ class CacheSection(_Section, frozen=True):
             ge=0,
             le=_MOST_BYTES,
             extra=_RELOAD,
-            description="what the cached contents may take; 0: no limit but the reserve",
+            description="most disk space for contents of files; 0: no limit but the reserve",
         ),
     ] = 0
     reserve_bytes: Annotated[
@@ -170,7 +198,7 @@ class CacheSection(_Section, frozen=True):
             ge=0,
             le=_MOST_BYTES,
             extra=_RELOAD,
-            description="what stays free on the cache's file system, or",
+            description="bytes that stay free on the cache's file system",
         ),
     ] = 1 << 30
     reserve_percent: Annotated[
@@ -179,7 +207,7 @@ class CacheSection(_Section, frozen=True):
             ge=0,
             le=100,
             extra=_RELOAD,
-            description="this share of it, whichever is more; at most a quarter of it",
+            description="the same as a percentage; the larger one counts, but at most a quarter of it",
         ),
     ] = 5.0
 
@@ -195,21 +223,23 @@ class Config(_Section, frozen=True):
     ] = paths.DEFAULT_ADDRESS
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Meta(extra=_RELOAD, description="debug, info, warning or error"),
+        Meta(
+            extra=_RELOAD, description="least severe messages to log: debug, info, warning or error"
+        ),
     ] = "info"
     log_format: Annotated[
         Literal["auto", "text", "json", "journal"],
         Meta(
             extra=_RELOAD,
-            description="text, json or journal; auto: journal if systemd reads standard error",
+            description="text, json or journal; auto: journal if systemd reads standard error, else text",
         ),
     ] = "auto"
     metrics_address: Annotated[
         str,
         Meta(
             pattern=r"^(|unix:/.+|(\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):[0-9]{1,5})$",
-            description='for Prometheus: "unix:/run/lazysnap/metrics.sock" or "127.0.0.1:9464";'
-            " empty: none",
+            description='where to serve metrics: "127.0.0.1:9464" or'
+            ' "unix:/run/lazysnap/metrics.sock"; empty: nowhere',
         ),
     ] = ""
     snapshots: Snapshots = Snapshots()
@@ -220,7 +250,7 @@ class Config(_Section, frozen=True):
     cache: CacheSection = CacheSection()
 
     def shard_count(self) -> int:
-        """How many shards there shall be."""
+        """The number of shards that the daemon starts."""
         return self.shards.count or min(os.cpu_count() or 1, 4)
 
 
@@ -232,8 +262,10 @@ class Key:
         section: its table; empty at the top.
         name: within the table.
         default: its value when the file does not have it.
-        description: one line.
-        reloads: whether a change is taken up at SIGHUP.
+        description: what it is for, in one line.
+        reloads: whether a change takes effect at SIGHUP; otherwise at a restart.
+        kind: type of its value, as users call it.
+        allowed: the values that it may have; empty if that is not limited.
     """
 
     section: str
@@ -241,6 +273,8 @@ class Key:
     default: Any
     description: str
     reloads: bool
+    kind: str
+    allowed: str
 
     @property
     def path(self) -> str:
@@ -263,17 +297,60 @@ def sections() -> Iterator[tuple[str, type[_Section]]]:
 def all_keys() -> Iterator[Key]:
     """All keys, in the order of the sample."""
     for section, kind in sections():
-        hints = get_type_hints(kind, include_extras=True)
+        types = {field.name: field.type for field in _struct(kind).fields}
         for field in msgspec.structs.fields(kind):
             if isinstance(field.default, _Section):
                 continue
             default = field.default
             if default is msgspec.NODEFAULT:
                 default = field.default_factory()
-            notes = getattr(hints[field.name], "__metadata__", ())
-            meta = next((note for note in notes if isinstance(note, Meta)), Meta())
-            reloads = bool((meta.extra or {}).get("reload"))
-            yield Key(section, field.name, default, meta.description or "", reloads)
+            noted = types[field.name]
+            assert isinstance(noted, inspect.Metadata), f"{field.name} has no description"
+            yield Key(
+                section=section,
+                name=field.name,
+                default=default,
+                description=(noted.extra_json_schema or {})["description"],
+                reloads=bool((noted.extra or {}).get("reload")),
+                kind=_kind(noted.type),
+                allowed=_allowed(noted.type),
+            )
+
+
+def _struct(kind: type[_Section]) -> inspect.StructType:
+    found = inspect.type_info(kind)
+    assert isinstance(found, inspect.StructType)
+    return found
+
+
+def _kind(type_: inspect.Type) -> str:
+    match type_:
+        case inspect.BoolType():
+            return "boolean"
+        case inspect.IntType():
+            return "integer"
+        case inspect.FloatType():
+            return "number"
+        case inspect.StrType() | inspect.LiteralType():
+            return "string"
+        case inspect.ListType():
+            return f"list of {_kind(type_.item_type)}s"
+    raise TypeError(f"no name for {type_}")
+
+
+def _allowed(type_: inspect.Type) -> str:
+    match type_:
+        case inspect.IntType() | inspect.FloatType():
+            return f"{_number(type_.ge)} to {_number(type_.le)}"
+        case inspect.LiteralType():
+            return ", ".join(f'"{value}"' for value in type_.values)
+        case inspect.StrType(min_length=1):
+            return "not empty"
+    return ""
+
+
+def _number(value: float | None) -> str:
+    return "2^60" if value == _MOST_BYTES else f"{value:g}"
 
 
 def reloaded(old: Config, new: Config) -> Config:

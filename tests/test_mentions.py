@@ -118,6 +118,7 @@ def test_a_wrong_command_is_found(text: str) -> None:
         "lazysnap drain [IMAGE...]",
         "lazysnap status --json | jq .totals",
         "lazysnap serve # until SIGTERM",
+        "lazysnap config default >FILE 2>&1",
     ],
 )
 def test_a_right_command_is_not(text: str) -> None:

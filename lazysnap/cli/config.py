@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator
-from typing import Any
 
 import click
 
 from lazysnap import config, config_file
+from lazysnap.cli import config_reference
+from lazysnap.cli.config_reference import toml
 from lazysnap.cli.options import config_option
 from lazysnap.config import Config, Key
 
@@ -47,9 +48,15 @@ def show(config_path: str | None, as_json: bool) -> None:
 
 
 @command.command("default")
-def default() -> None:
-    """Print a commented file with all keys and their defaults."""
-    click.echo("\n".join(sample()))
+@click.option("--markdown", is_flag=True, help="Print the reference in docs/configuration.md.")
+def default(markdown: bool) -> None:
+    """Print a commented file with all keys and their defaults.
+
+    \b
+    Example:
+      lazysnap config default >/etc/lazysnap/config.toml
+    """
+    click.echo("\n".join(config_reference.markdown() if markdown else sample()))
 
 
 @command.command("check", short_help="Say what is wrong with a file.")
@@ -79,7 +86,7 @@ def sample() -> Iterator[str]:
 
 
 def _explained(key: Key) -> Iterator[str]:
-    line = f"{key.name} = {_toml(key.default)}"
+    line = f"{key.name} = {toml(key.default)}"
     comment = f"# {'* ' if key.reloads else ''}{key.description}"
     if len(line) < _COLUMN and _COLUMN + len(comment) <= _WIDTH:
         yield f"{line:{_COLUMN}}{comment}"
@@ -95,7 +102,7 @@ def _effective(settings: Config, origins: dict[str, str]) -> Iterator[str]:
             section = key.section
             yield ""
             yield f"[{section}]"
-        line = f"{key.name} = {_toml(key.value(settings))}"
+        line = f"{key.name} = {toml(key.value(settings))}"
         yield f"{line:{_COLUMN - 1}} # {origins.get(key.path, 'default')}"
 
 
@@ -109,8 +116,3 @@ def _origins(text: str, where: str) -> dict[str, str]:
             line = config_file.line_of(text, key.path)
             found[key.path] = f"{where}:{line}" if line else where
     return found
-
-
-def _toml(value: Any) -> str:
-    """A value in TOML; strings, numbers, booleans and lists of strings are alike in JSON."""
-    return json.dumps(value, ensure_ascii=False)

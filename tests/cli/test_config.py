@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from lazysnap import config, config_file
 from lazysnap.cli import main
 
+_TOP = Path(__file__).parent.parent.parent
+
 
 def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["config", *arguments])
@@ -26,6 +28,17 @@ def test_the_sample_says_what_is_so_without_it() -> None:
         table = document[key.section] if key.section else document
         assert table[key.name] == key.default
         assert key.description in result.stdout
+
+
+def test_the_reference_is_that_of_the_keys() -> None:
+    """`lazysnap config default --markdown >docs/configuration.md` makes it so."""
+    page = _run("default", "--markdown").stdout
+    assert page == (_TOP / "docs" / "configuration.md").read_text()
+    assert page.count("\n| `") == len(list(config.all_keys())) + 3  # three commands
+    assert "| `count` | integer | `0` | 0 to 64 | restart | number of shards; " in page
+    assert "| `connections` | integer | `16` | 1 to 1024 | reload | " in page
+    assert '| `eager` | string | `"containerd"` | "containerd", "direct" | restart | ' in page
+    assert "| `plain_http_hosts` | list of strings | `[]` |  | reload | " in page
 
 
 def test_what_is_in_force_and_where_it_comes_from(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)(?:\s+\"[^\"]*\")?\)|^\[[^\]]+\]:\s+(
 _HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
 _PATH = re.compile(r"[\w.*<>{},-]+(?:/[\w.*<>{},-]+)*/?(?:::\w+)?")
 _TOP_FOLDERS = ("docs", "fixtures", "lazysnap", "systemd", "tests")
-_SHELL_ENDS = frozenset({"|", "||", "&&", ";", ">", ">>", "<", "2>", "#", "&"})
+_SHELL_END = re.compile(r"[0-9]?[|&;<>#].*")
 
 
 # -- commands ---------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def wrong_command(text: str, main: click.Group) -> str:
     # Brackets and the bars between alternatives are no words of the command line.
     words = _words(re.sub(r"[\[\]]|\.\.\.|(?<=\S)\|(?=-)", " ", text))
     at = 1
-    while at < len(words) and words[at] not in _SHELL_ENDS and words[at] != "--":
+    while at < len(words) and words[at] != "--" and not _SHELL_END.fullmatch(words[at]):
         word = words[at]
         at += 1
         if word.startswith("-") and word != "-":
