@@ -40,8 +40,8 @@ def size(context: Context) -> Iterator[Finding]:
     if taken > limit * _EXCESS:
         yield warning(
             f"the cache takes {taken // _MEGABYTE} MB, its limit is {limit // _MEGABYTE} MB",
-            "nothing has evicted what is too much: perhaps no shard runs",
-            f"lazysnap cache prune --to-size {limit}",
+            "nothing removes the excess; perhaps no shard runs",
+            f"run `lazysnap cache prune --to-size {limit}`",
         )
 
 
@@ -59,7 +59,7 @@ def sample(context: Context) -> Iterator[Finding]:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 problem = ""
                 if hashlib.file_digest(file, "sha256").hexdigest() != os.path.basename(path):
-                    problem = "its bytes are not those that its name promises"
+                    problem = "its content does not have the digest in its name"
         except FileNotFoundError:
             continue  # evicted
         except OSError as error:
@@ -68,8 +68,8 @@ def sample(context: Context) -> Iterator[Finding]:
         if problem:
             yield failure(
                 f"{path} is damaged: {problem}",
-                "containers may read wrong bytes; the disk may be failing",
-                "lazysnap cache verify --fix checks everything; see the kernel log for I/O errors",
+                "containers may read wrong bytes, and the disk may be failing",
+                "run `lazysnap cache verify --fix`; look for I/O errors in the kernel log",
                 Fix(partial(_remove, context.paths.cache.path, os.path.basename(path)), False),
             )
 

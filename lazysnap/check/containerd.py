@@ -20,7 +20,7 @@ _SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _TYPES = ("snapshot", _SNAPSHOTTER)
 _ANNOTATIONS = "enable_remote_snapshot_annotations"
 _SEE = "see `containerd` in lazysnap's README"
-_NO_LABELS = "it does not tell which image a layer is of, so nothing is lazy (no-image-labels)"
+_NO_LABELS = "lazysnap is not told which image a layer is of, so no layer is lazy (no-image-labels)"
 
 
 async def reachable(context: Context) -> list[Finding]:
@@ -33,7 +33,7 @@ async def reachable(context: Context) -> list[Finding]:
         return [failure(str(error), "nothing can be pulled or started", hint)]
     version = _version(text)
     if version is not None and version < _OLDEST:
-        return [failure(f"containerd {text} is older than 1.6", "lazysnap is not made for it")]
+        return [failure(f"containerd {text} is older than 1.6", "lazysnap needs 1.6 or newer")]
     return []
 
 
@@ -90,14 +90,14 @@ def judge_proxy(
     if proxy.type not in _TYPES:
         yield failure(
             f"{where} has the type {proxy.type!r}",
-            "containerd does not take it for a snapshotter",
-            'type = "snapshot"',
+            "containerd does not use it as a snapshotter",
+            'set type = "snapshot"',
         )
     if "rebase" in proxy.capabilities:
         yield failure(
             f"{where} has the capability rebase",
-            "containerd then unpacks layers side by side and without their parents; images come out"
-            " as pulled without snapshots",
+            "containerd then unpacks layers side by side and without their parents; images then"
+            " have no snapshots",
             "remove it from capabilities",
         )
     root = proxy.exports.get("root")
@@ -105,13 +105,13 @@ def judge_proxy(
         yield warning(
             f"{where} exports the root {root}, lazysnap's is {context.root}",
             "the kubelet measures the wrong disk",
-            f'root = "{context.root}"',
+            f'set root = "{context.root}" in its exports',
         )
     if proxy.exports.get(_ANNOTATIONS) != "true" and version and version >= _TRANSFER_LABELS:
         yield warning(
             f"{where} does not export {_ANNOTATIONS}",
             "pulls through the transfer service (ctr, nerdctl) are not lazy",
-            f'{_ANNOTATIONS} = "true" in its exports',
+            f'set {_ANNOTATIONS} = "true" in its exports',
         )
 
 
@@ -130,7 +130,7 @@ def judge_loaded(mine: Iterable[Proxy], plugins: Iterable[Plugin]) -> Iterator[F
             yield failure(
                 f"containerd could not load {proxy.name}: {running.error}",
                 "nothing can be pulled or started with it",
-                "see containerd's log",
+                "look for the reason in containerd's log",
             )
 
 
@@ -185,8 +185,8 @@ def judge_transfer(
     if not set(mine) & set(snapshotters or ()):
         yield warning(
             f"no unpack_config in {path} names lazysnap",
-            "`ctr images pull` and nerdctl do not unpack into it, and download everything",
-            f"add one for it and one for overlayfs: {_SEE}; lazysnap pull needs none",
+            "`ctr images pull` and nerdctl do not unpack into lazysnap, and download everything",
+            f"add one for it and one for overlayfs: {_SEE}; `lazysnap pull` needs none",
         )
 
 

@@ -30,7 +30,7 @@ async def serving(context: Context) -> list[Finding]:
             return [
                 failure(
                     f"lazysnap serve listens at {daemon.address}, not at {context.address}",
-                    "containerd has to be told the same",
+                    "containerd must connect to the same socket",
                     "name its socket with --address",
                 )
             ]
@@ -54,8 +54,8 @@ def _release(context: Context) -> list[Finding]:
     if daemon is None:
         return [
             warning(
-                f"who answers at {context.address} does not serve {context.root}",
-                "what follows is about another directory, or an older release serves it",
+                f"the daemon at {context.address} does not serve {context.root}",
+                "other findings are about another directory; or an older release serves this one",
                 "name the daemon's directory with --root, or restart lazysnap serve",
             )
         ]
@@ -63,7 +63,7 @@ def _release(context: Context) -> list[Finding]:
         return [
             warning(
                 f"lazysnap serve is release {daemon.version}, installed is {lazysnap.__version__}",
-                "what was mended since is not in use",
+                "what the new release fixes is still broken",
                 "restart it; mounts and containers go on working",
             )
         ]
@@ -90,8 +90,8 @@ def namespace(context: Context) -> list[Finding]:
         found.append(
             warning(
                 "lazysnap check runs in another mount namespace than lazysnap serve",
-                "what it says of mounts is wrong",
-                f"nsenter --mount --target {daemon.pid} lazysnap check",
+                "its findings about mounts are wrong",
+                f"run `nsenter --mount --target {daemon.pid} lazysnap check`",
             )
         )
     return found

@@ -37,11 +37,11 @@ def root(context: Context) -> Iterator[Finding]:
         )
         return
     if not stat.S_ISDIR(status.st_mode):
-        yield failure(f"{context.root} is no directory", hint="name lazysnap's root with --root")
+        yield failure(f"{context.root} is not a directory", hint="name lazysnap's root with --root")
         return
     if any(c in context.root for c in ":,\\\n"):
         yield failure(
-            f"the path {context.root!r} has a character that overlay mount options cannot carry",
+            f"the path {context.root!r} has a character that overlay's options cannot contain",
             "no container can be mounted",
             "use a root without colon, comma, backslash and line feed",
         )
@@ -82,19 +82,19 @@ def judge_space(context: Context, path: str, status: os.statvfs_result) -> Itera
         yield failure(
             f"the disk is full: {numbers}",
             "no layer can be unpacked and no snapshot made",
-            "make room, or `lazysnap cache prune`",
+            "free some space, or run `lazysnap cache prune`",
         )
     elif free < reserve:
         yield warning(
             f"the disk is nearly full: {numbers}, less than the reserve of {reserve // _MEGABYTE} MB",
             "what is fetched is not kept, so it is fetched again and again",
-            "make room, or lower cache.reserve_bytes and cache.reserve_percent",
+            "free some space, or lower cache.reserve_bytes and cache.reserve_percent",
         )
     if status.f_files and status.f_favail < status.f_files // _INODE_SHARE:
         yield warning(
             f"{status.f_favail} of {status.f_files} inodes are free at {path}",
-            "no files can be made soon, whatever the free space",
-            "remove files, or `lazysnap cache prune`",
+            "soon no file can be created, although there is space",
+            "remove files, or run `lazysnap cache prune`",
         )
 
 
@@ -112,7 +112,7 @@ def left(context: Context) -> Iterator[Finding]:
     slots = context.paths.slots
     unfinished = [os.path.join(slots, name) for name in _listed(slots) if name.endswith(".new")]
     if unfinished and running_daemon(context) is None:
-        yield _left(unfinished, "records of layers that were not finished; nobody reads them", True)
+        yield _left(unfinished, "they are unfinished records of layers, which nobody reads", True)
 
 
 def _left(paths: Sequence[str], why: str, offline: bool) -> Finding:
@@ -120,7 +120,7 @@ def _left(paths: Sequence[str], why: str, offline: bool) -> Finding:
     return warning(
         f"{len(paths)} files are left over: {shown}",
         why,
-        "lazysnap check --fix removes them",
+        "run `lazysnap check --fix`, which removes them",
         Fix(partial(_remove, paths), offline),
     )
 

@@ -80,7 +80,7 @@ def unknown(why: object, hint: str | None = "") -> Finding:
         why: an error, or words.
         hint: what to do, if that is known.
     """
-    return warning(f"cannot be told: {why}", hint=hint or UNKNOWN_HINT)
+    return warning(f"this could not be checked: {why}", hint=hint or UNKNOWN_HINT)
 
 
 def failure(summary: str, detail: str = "", hint: str = "", fix: Fix | None = None) -> Finding:

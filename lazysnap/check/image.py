@@ -39,7 +39,7 @@ async def image(context: Context) -> list[Finding]:
                 failure(
                     f"{context.image} cannot be read: {error}",
                     "it cannot be pulled from this node",
-                    error.hint or "see to its name, the network and the node's credentials",
+                    error.hint or "check its name, the network and the node's credentials",
                 )
             ]
         with tempfile.TemporaryDirectory(prefix="lazysnap-check-") as directory:
@@ -70,7 +70,7 @@ async def _layers(
         nursery.cancel_scope.cancel()
     result = [findings[number] for number in sorted(findings)]
     if not context.lazy:
-        hint = "lazy.enabled = true in lazysnap's configuration"
+        hint = "set lazy.enabled = true in lazysnap's configuration"
         result.append(warning("lazy mounting is switched off", "all layers are downloaded", hint))
     return result
 
@@ -86,4 +86,4 @@ async def _layer(opener: Opener, reference: Reference, layer: oci.Descriptor, na
     return info(f"{name} is lazy")
 
 
-PROBES = (Probe("image", "no image was asked about", image, seconds=300),)
+PROBES = (Probe("image", "no image was named with --image", image, seconds=300),)

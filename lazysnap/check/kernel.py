@@ -19,8 +19,8 @@ def user(context: Context) -> Iterator[Finding]:
     if os.geteuid() != 0:
         yield warning(
             "not running as root",
-            "much of what follows cannot be told",
-            "run lazysnap check as root",
+            "many of the checks need root",
+            "run `lazysnap check` as root",
         )
 
 
@@ -32,16 +32,18 @@ def fuse_device(context: Context) -> Iterator[Finding]:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield failure(
-            f"there is no {path}", why, "modprobe fuse; in a container: --device /dev/fuse"
+            f"there is no {path}",
+            why,
+            "run `modprobe fuse`; start a container with --device /dev/fuse",
         )
         return
     except OSError as error:
-        hint = "modprobe fuse; in a container: --device /dev/fuse"
+        hint = "run `modprobe fuse`; start a container with --device /dev/fuse"
         yield failure(f"{path} cannot be opened: {error.strerror}", why, hint)
         return
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
-            yield failure(f"{path} is no device", why, f"mknod {path} c 10 229")
+            yield failure(f"{path} is not a device", why, f"run `mknod {path} c 10 229`")
     finally:
         os.close(fd)
 
@@ -72,7 +74,7 @@ def fuse_limits(context: Context) -> Iterator[Finding]:
         yield warning(
             f"FUSE requests are limited to {pages} pages",
             "large files are read in many small requests, which is slow",
-            f"sysctl fs.fuse.max_pages_limit={_PAGES}",
+            f"run `sysctl fs.fuse.max_pages_limit={_PAGES}`",
         )
 
 

@@ -27,7 +27,7 @@ def expected(context: Context) -> Iterator[Finding]:
     """Every lazy snapshot shows its layer, through the shard that serves it now."""
     missing, stale = _lost(context)
     up = running_daemon(context) is not None
-    cure = "pull or start the image again: it is mounted then" if up else "start lazysnap serve"
+    cure = "pull or start the image again, which mounts it" if up else "start lazysnap serve"
     if up:
         # A layer can become visible a little later than the database knows it.
         end = time.monotonic() + _SETTLE_SECONDS
@@ -39,7 +39,7 @@ def expected(context: Context) -> Iterator[Finding]:
         if coming:
             yield warning(
                 f"{len(coming)} lazy layers are not mounted yet: snapshots {_some(coming)}",
-                "they are large and were pulled just now; a container on them starts when they are",
+                "they are large and were pulled just now; a container on them starts when they are mounted",
                 "check again in two minutes",
             )
     if missing:
@@ -120,7 +120,7 @@ def unknown(context: Context) -> Iterator[Finding]:
         yield warning(
             f"the mount at {point.path} ({point.fstype}) belongs to no snapshot",
             "it keeps its shard or its image in use, and its directory cannot be removed",
-            "lazysnap check --fix unmounts it while lazysnap serve is stopped",
+            "stop lazysnap serve, and run `lazysnap check --fix`, which unmounts it",
             Fix(partial(_unmount, context, point), True),
         )
 
@@ -145,7 +145,7 @@ def _unknown(context: Context) -> list[MountPoint]:
 
 def _unmount(context: Context, point: MountPoint) -> str:
     if point not in _unknown(context):
-        return f"nothing is to be done for {point.path} any more"
+        return f"nothing to do: {point.path} is not an unknown mount any more"
     mounts.unmount(point.path)
     return f"unmounted {point.path}"
 

@@ -25,7 +25,7 @@ def stores(context: Context) -> Iterable[Finding]:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        yield failure(f"{path} cannot be read: {error}", "clients do not start with it")
+        yield failure(f"{path} cannot be read: {error}", "Podman and CRI-O do not start with it")
         return
     for entry in _entries(known):
         directory, *options = entry.split(":")
@@ -50,14 +50,14 @@ def _judge(directory: str, options: list[str], path: str) -> Iterator[Finding]:
     if not os.path.lexists(directory):
         yield failure(
             f"the additional layer store {directory} of {path} is not there",
-            "podman and CRI-O refuse all work",
+            "Podman and CRI-O refuse all work",
             "start lazysnap store with that root, or remove the entry",
         )
         return
     if options != ["ref"]:
         yield failure(
             f"{path} names the store {directory} without :ref",
-            "clients do not tell which image a layer is of, so nothing is lazy",
+            "lazysnap is not told which image a layer is of, so no layer is lazy",
             f'write additionallayerstores = ["{directory}:ref"]',
         )
     with socket.socket(socket.AF_UNIX) as probe:
@@ -67,8 +67,8 @@ def _judge(directory: str, options: list[str], path: str) -> Iterator[Finding]:
         except OSError as error:
             yield warning(
                 f"lazysnap store does not answer for {directory}: {error.strerror or error}",
-                "new images are pulled in full; what is there goes on working",
-                "systemctl start lazysnap-store",
+                "new images are pulled as a whole; containers go on working",
+                "start it (systemctl start lazysnap-store), and see its log",
             )
 
 

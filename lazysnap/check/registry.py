@@ -30,8 +30,8 @@ _SKEW_SECONDS = 60.0
 _SOON_SECONDS = 3600.0
 # Hosts that are asked for the time, one after the other until one tells it.
 _CLOCKS = 3
-_WHY = "what is not in the cache of its layers cannot be read"
-_CREDENTIALS = "see to the network, and to the node's credentials"
+_WHY = "files that are not in the cache cannot be read"
+_CREDENTIALS = "check the network and the node's credentials"
 
 
 def _images(context: Context) -> list[tuple[Reference, SlotRecord]]:
@@ -57,7 +57,7 @@ async def reachable(context: Context) -> list[Finding]:
                 await _blob(registry, reference, record).probe(_PROBE_SECONDS)
             except RegistryUnreachable as error:
                 text = f"{reference.host} cannot be reached: {error}"
-                found[reference.host] = warning(text, _WHY, "see to the network")
+                found[reference.host] = warning(text, _WHY, "check the network")
             except LazysnapError as error:
                 kind = failure if isinstance(error, Unauthorized) else warning
                 text = f"{record.reference} cannot be fetched: {error}"
@@ -159,8 +159,8 @@ def judge_credential(host: str, credential: Credential, now: float) -> Iterator[
     if not ends:
         return
     left = min(ends) - now
-    why = "what is not in the cache cannot be fetched"
-    cure = f"docker login {host}, or a credential helper that renews it"
+    why = "files that are not in the cache cannot be fetched"
+    cure = f"run `docker login {host}`, or use a credential helper that renews it"
     if left <= 0:
         yield failure(f"the credential for {host} has expired", why, cure)
     elif left < _SOON_SECONDS:

@@ -94,7 +94,9 @@ def _repaired(finding: Finding, offline: bool) -> Finding:
     if finding.fix is None:
         return finding
     if finding.fix.offline and not offline:
-        return replace(finding, hint="stop lazysnap serve and run this again: it may be using it")
+        return replace(
+            finding, hint="stop lazysnap serve, which may be using it, and run this again"
+        )
     try:
         return replace(finding, fixed=finding.fix.action())
     except (LazysnapError, OSError) as error:

@@ -110,7 +110,7 @@ def judge(shard: Shard, daemon: bool) -> Finding | None:
             f"the worker of {name} (keeper {shard.keeper}) does not answer: {shard.problem}",
             f"{layers}, or only slowly",
             "lazysnap serve replaces it within half a minute: "
-            + ("else see its log" if daemon else "start it"),
+            + ("if it does not, see its log" if daemon else "start it"),
         )
     if shard.keeper != shard.who["keeper"]:
         return warning(
@@ -121,7 +121,7 @@ def judge(shard: Shard, daemon: bool) -> Finding | None:
     if shard.who["version"] != lazysnap.__version__:
         return warning(
             f"{name} runs release {shard.who['version']}, installed is {lazysnap.__version__}",
-            "what was mended since is not in use",
+            "what the new release fixes is still broken",
             "restart lazysnap serve: it replaces workers without breaking reads",
         )
     return None
@@ -167,11 +167,11 @@ async def layers(context: Context) -> list[Finding]:
                 context, shard.number, "health", _HEALTH_SECONDS, slots=list(shard.slots)
             )
         except LazysnapError as error:
-            found.append(warning(f"shard {shard.number} does not tell of its layers: {error}"))
+            found.append(warning(f"shard {shard.number} does not report its layers: {error}"))
             return
         usable = []
         for slot in shard.slots:
-            state = health.get(slot, {"state": "failed", "detail": "nothing is known of it"})
+            state = health.get(slot, {"state": "failed", "detail": "their state is not known"})
             bad = judge_layer(_name(records[slot]), state["state"], state["detail"])
             found.extend(bad)
             if not bad:
@@ -180,13 +180,13 @@ async def layers(context: Context) -> list[Finding]:
             # One that cannot be loaded would fail the whole call.
             numbers = await _call(context, shard.number, "status", _HEALTH_SECONDS, slots=usable)
         except LazysnapError as error:
-            found.append(warning(f"shard {shard.number} does not tell of errors: {error}"))
+            found.append(warning(f"shard {shard.number} does not report its errors: {error}"))
             return
         for row in numbers:
             if row["errors"]:
                 name, last = _name(records[row["slot"]]), row["last_error"]
                 text = f"{name} had {row['errors']} errors, the last: {last}"
-                found.append(info(text, "it can be read now; readers may have seen them"))
+                found.append(info(text, "it can be read now, but readers may have seen the errors"))
 
     async with trio.open_nursery() as nursery:
         for shard in await shards(context):
@@ -201,10 +201,14 @@ def _name(record: SlotRecord) -> str:
 
 def judge_layer(name: str, state: str, detail: str) -> list[Finding]:
     """What it means that the `health` of a layer is this; see `Worker.health`."""
-    cure = "see to the network and to the node's credentials (docker login)"
+    cure = "check the network and the node's credentials (docker login)"
     if state == "failed":
         why = "readers get errors"
-        return [failure(f"{name} cannot be served: {detail}", why, "remove the image, pull again")]
+        return [
+            failure(
+                f"{name} cannot be served: {detail}", why, "remove the image, and pull it again"
+            )
+        ]
     if state == "unreachable":
         return [failure(f"{name} cannot be read: {detail}", "its image cannot be started", cure)]
     if state == "degraded":

@@ -173,5 +173,5 @@ def peer(path: str) -> int:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid: int = _UCRED.unpack(credentials)[0]
     if pid <= 0:
-        raise OSError(f"who listens at {path} is in another process namespace")
+        raise OSError(f"the process that listens at {path} is in another process namespace")
     return pid

@@ -48,7 +48,9 @@ def integrity(context: Context) -> Iterator[Finding]:
         with opened(context) as database:
             if database is None:
                 if os.path.isdir(context.root):
-                    yield info("there is no database yet", "lazysnap serve makes it when it starts")
+                    yield info(
+                        "there is no database yet", "lazysnap serve creates it when it starts"
+                    )
                 return
             rows = database.execute(f"PRAGMA integrity_check({_MOST_ERRORS})").fetchall()
             rows = [row[0] for row in rows if row[0] != "ok"]
@@ -104,7 +106,7 @@ def directories(context: Context) -> Iterator[Finding]:
         yield warning(
             f"{len(orphans)} directories in {top} belong to no snapshot: {_some(sorted(orphans))}",
             "they take space",
-            "the next start of lazysnap serve removes them, or lazysnap check --fix",
+            "the next start of lazysnap serve removes them, and so does `lazysnap check --fix`",
             Fix(partial(_dispose, context), True),
         )
 
@@ -124,7 +126,7 @@ def _dispose(context: Context) -> str:
     """Remove orphans as the daemon would; nothing is known to be one that was not a moment ago."""
     known = _known(context)
     if known is None:
-        return "nothing: the database cannot be read"
+        return "removed nothing: the database cannot be read"
     found = Directories(context.root)
     names = garbage(found.names(), known)
     for name in names:
@@ -165,7 +167,7 @@ def lazy(context: Context) -> Iterator[Finding]:
     if extra and daemon is None:
         yield warning(
             f"{len(extra)} slots belong to no snapshot: {_some(extra)}",
-            "their layers are kept in memory and fetched for nobody",
+            "their layers are kept in memory and fetched, but nobody reads them",
             "the next start of lazysnap serve removes them",
         )
 

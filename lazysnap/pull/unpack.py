@@ -182,7 +182,7 @@ class Unpacker:
             if result is not None:
                 return result
         raise FailedPrecondition(
-            f"snapshotter says that layer {layer.blob.digest} exists, and that it does not",
+            f"snapshotter says that layer {layer.blob.digest} exists, and also that it does not",
             hint="another client may be removing this image; try again",
         )
 

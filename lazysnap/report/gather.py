@@ -88,7 +88,7 @@ async def _ask_all(question: Question, missing: list[str]) -> dict[int, Told]:
             answer = await channel.call(path, "trace", timeout=_CALL_SECONDS, slots=slots)
             answers.update((each.slot, each) for each in told(answer))
         except (LazysnapError, msgspec.ValidationError) as error:
-            missing.append(f"Shard {shard} tells nothing of its layers: {error}")
+            missing.append(f"Shard {shard} does not report its layers: {error}")
 
     async with trio.open_nursery() as nursery:
         for shard, mine in by_shard.items():
@@ -170,7 +170,7 @@ def _layer(
             ranges, waits = history.ranges(answer), history.waits(answer)
             what = use(index, answer, reads)
         except LazysnapError as error:
-            found.missing.append(f"Layer {position + 1}: its files cannot be told: {error}")
+            found.missing.append(f"Layer {position + 1}: its files are not known: {error}")
         else:
             found.ranges += ranges
             found.waits += waits
@@ -221,12 +221,12 @@ def _say_what_is_missing(
         if layer.ready_at is not None and started > layer.ready_at:
             say(
                 f"Layer {number}: its worker was started after it was mounted; what an earlier"
-                " worker fetched, and who waited then, is not known."
+                " worker fetched, and which reads waited, is not known."
             )
     if dropped := max((answer.forgotten for answer in answers.values()), default=0):
         say(f"So much happened since that {dropped} events were forgotten, the oldest first.")
     if any(answer.recording for answer in answers.values()):
-        say("A start is still being watched: more will be known when it was.")
+        say("A start is still being recorded: more will be known at its end.")
     if profile is None and answers:
         say(
             "There is no profile of the image, so only reads that waited are known, not all that was read."

@@ -64,7 +64,7 @@ def _body(report: Report) -> Iterator[Element]:
     yield from _prefetch(report)
     yield element("h2", "Layers")
     yield _layers(report)
-    yield element("h2", "What could be spared")
+    yield element("h2", "What could be saved")
     yield from _savings(report)
 
 
@@ -121,7 +121,7 @@ def _table(
 
 def _slowest(report: Report) -> Element:
     if not report.slowest:
-        return element("p", "No read that is known of had to wait.")
+        return element("p", "No known read had to wait.")
     rows = (
         (
             slow.file,
@@ -150,7 +150,7 @@ def _prefetch(report: Report) -> Iterator[Element]:
     if not known:
         yield element(
             "p",
-            "Reads that do not wait are known from a profile only. Have it learned"
+            "Reads that do not wait are known from a profile only. Switch it on"
             " (learn_profiles), or run `lazysnap profile record IMAGE -- COMMAND`.",
         )
 
@@ -165,7 +165,7 @@ def _layer(layer: Layer, number: int) -> Sequence[str]:
     name = layer_text(layer, number)
     if layer.slot is None:
         disk = "" if layer.disk_bytes is None else f", {bytes_text(layer.disk_bytes)} on disk"
-        return (name, f"unpacked: {layer.reason or 'not asked for lazily'}{disk}", *[""] * 7)
+        return (name, f"unpacked: {layer.reason or 'no lazy mount was asked for'}{disk}", *[""] * 7)
     use = layer.use
     return (
         name,
@@ -207,7 +207,7 @@ def _estimates(savings: Savings) -> Iterator[Sequence[str]]:
         seconds_text(savings.round_trips_seconds) if measured else "not known",
     )
     yield (
-        "What cannot be spared: the transfer",
+        "What cannot be saved: the transfer",
         "needed bytes divided by the bandwidth"
         + (f" ({bytes_text(savings.bandwidth)}/s)" if savings.bandwidth else ""),
         seconds_text(savings.transfer_seconds) if savings.bandwidth else "not known",

@@ -31,7 +31,7 @@ def check() -> None:
     """
     if os.geteuid() != 0 and shutil.which(COMBINER) is None:
         raise FailedPrecondition(
-            f"ordinary users need {COMBINER}, which is not there",
+            f"ordinary users need {COMBINER}, which is not installed",
             hint=f"install the package {COMBINER},"
             " or mount inside unshare --user --map-root-user --mount",
         )

@@ -189,15 +189,16 @@ async def _unmount(mountpoint: str, lazy: bool) -> None:
             # Who has only looked at it is gone in a moment.
             if trio.current_time() > deadline:
                 raise FailedPrecondition(
-                    error.message, hint="end what uses it (fuser -m shows it), or use --lazy"
+                    error.message,
+                    hint="end the processes that use it (`fuser -m` lists them), or use --lazy",
                 ) from error
         await trio.sleep(_POLL_SECONDS)
 
 
 def _foreign(mountpoint: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"what is mounted at {mountpoint} was not mounted by lazysnap with this root",
-        hint="if another root was given to mount it, give it here, too",
+        f"the mount at {mountpoint} was not made by lazysnap with this root",
+        hint="if it was mounted with another --root, give the same here",
     )
 
 

@@ -106,7 +106,7 @@ async def taken(root: str) -> AsyncIterator[None]:
         names = set(os.listdir(root)) - {os.path.basename(paths.lock)}
         if names and not exists(root):
             raise ConfigError(
-                f"{root} has something else in it",
+                f"{root} contains something else",
                 hint="give an empty directory, and not the one of lazysnap serve, with --root",
             )
         fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -48,7 +48,7 @@ async def take_down(root: str, supervisor: Supervisor) -> None:
         except LazysnapError as error:
             if trio.current_time() > deadline:
                 raise
-            _log.debug("not everything is gone yet", error=error)
+            _log.debug("some processes or mounts have not gone yet", error=error)
         if trio.current_time() > deadline:
             raise Internal(f"processes of {root} do not end")
         await trio.sleep(_POLL_SECONDS)
