@@ -26,6 +26,7 @@ from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
 from lazysnap.cache.verification import Verification, verify
 from lazysnap.cli import units
+from lazysnap.cli.groups import Group
 from lazysnap.cli.options import CONFIG_HELP, ROOT_HELP, config_option, root_option
 from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
@@ -39,12 +40,20 @@ _BIGGEST = 10
 _AGES = (("hour", 3600), ("day", 86400), ("week", 604800), ("month", 2592000))
 
 
-@click.group()
+@click.group(cls=Group)
 @config_option
 @root_option
 @click.pass_context
 def command(ctx: click.Context, config_path: str | None, root: str | None) -> None:
-    """Look at, check and empty the cache on disk. The daemon may run meanwhile, or not."""
+    """Show, verify and prune the cache on disk.
+
+    The daemon may run meanwhile. What is removed is fetched again when it is read.
+
+    \b
+    Examples:
+      lazysnap cache ls
+      lazysnap cache prune --to-size 10GiB
+    """
     log.setup("error")
     _set(ctx, config_path, root)
 
@@ -99,7 +108,12 @@ def _opened(ctx: click.Context) -> Iterator[tuple[Cache, CacheLimits, str]]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def ls(ctx: click.Context, as_json: bool) -> None:
-    """Show what the cache holds, how old it is, and what it may take."""
+    """Show what the cache holds, and how much space it may take.
+
+    \b
+    Example:
+      lazysnap cache ls --json
+    """
     with _opened(ctx) as (cache, limits, _):
         found = sorted(entries(cache), key=lambda entry: entry.disk_bytes, reverse=True)
         status = os.statvfs(cache.root)
@@ -192,7 +206,11 @@ def _ls_text(document: dict[str, Any]) -> str:
 def verify_command(ctx: click.Context, fix: bool, as_json: bool) -> None:
     """Read the whole cache and compare it with its digests.
 
-    Exit status: 0 everything is right, 1 what was wrong has been removed, 2 something is wrong.
+    Exit status: 0 all of it is right, 1 wrong contents were removed, 2 some contents are wrong.
+
+    \b
+    Example:
+      lazysnap cache verify --fix
     """
     with _opened(ctx) as (cache, _, _), _progress(cache) as progress:
         result = verify(cache, fix=fix, progress=progress)
@@ -243,18 +261,18 @@ def _verify_text(result: Verification, fix: bool) -> str:
 # -- prune ------------------------------------------------------------------------------------------
 
 
-@command.command(short_help="Make room: remove leftovers, and what the options choose.")
+@command.command(short_help="Remove leftovers, and contents that the options choose.")
 @_located
 @click.option("--all", "everything", is_flag=True, help="Remove all contents.")
 @click.option(
     "--older-than", callback=units.duration, metavar="DURATION",
-    help="Remove contents that were not used for so long, e.g. 36h.",
+    help="Remove contents that were not used for this time, e.g. 36h.",
 )  # fmt: skip
 @click.option(
     "--to-size", callback=units.size, metavar="SIZE",
-    help="Remove what was not used for longest until the rest takes this much, e.g. 10GiB.",
+    help="Remove the least recently used until the rest takes this size, e.g. 10GiB.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def prune(
@@ -265,11 +283,18 @@ def prune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Remove leftovers of crashes, indexes of layers that are gone, and what the options choose."""
+    """Remove leftovers of crashes, indexes of layers that are gone, and contents that are chosen.
+
+    Without options, no contents are removed.
+
+    \b
+    Example:
+      lazysnap cache prune --older-than 14d --dry-run
+    """
     with _opened(ctx) as (cache, _, root), exclusive(cache, _LOCK_SECONDS) as alone:
         if not alone:
             raise Unavailable(
-                "another process is removing from the cache", hint="try again in a minute"
+                "another process is removing contents from the cache", hint="try again in a minute"
             )
         chosen = choose(cache, everything=everything, older_than=older_than, to_size=to_size)
         useless = leftovers(cache, _used_indexes(cache, root))

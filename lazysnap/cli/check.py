@@ -39,8 +39,8 @@ from lazysnap.registry.hosts import RegistrySettings
     "--containerd-config", type=click.Path(),
     help="containerd's configuration file, if not the one that it runs with.",
 )  # fmt: skip
-@click.option("--image", metavar="REF", help="Also tell which layers of an image would be lazy.")
-@click.option("--fix", is_flag=True, help="Mend what can safely be mended.")
+@click.option("--image", metavar="REF", help="Also check which layers of this image would be lazy.")
+@click.option("--fix", is_flag=True, help="Fix what can be fixed safely.")
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as JSON.")
 @click.pass_context
 def command(
@@ -56,8 +56,14 @@ def command(
 ) -> None:
     """Look for whatever keeps lazysnap from working, and say what to do about it.
 
-    Changes nothing without --fix. Exit status: 0 all is well, 1 there are warnings, 2 something does
-    not work.
+    Nothing is changed without --fix.
+
+    Exit status: 0 all is well, 1 there are warnings, 2 something does not work.
+
+    \b
+    Examples:
+      lazysnap check
+      lazysnap check --image registry.example/app:1
     """
     log.setup("error")
     findings: list[Finding] = []

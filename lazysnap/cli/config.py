@@ -12,6 +12,7 @@ import click
 from lazysnap import config, config_file
 from lazysnap.cli import config_reference
 from lazysnap.cli.config_reference import toml
+from lazysnap.cli.groups import Group
 from lazysnap.cli.options import config_option
 from lazysnap.config import Config, Key
 
@@ -19,16 +20,27 @@ _WIDTH = 100
 _COLUMN = 34
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
-    """Show and check the configuration."""
+    """Show and check the configuration.
+
+    \b
+    Examples:
+      lazysnap config show
+      lazysnap config check config.toml
+    """
 
 
 @command.command("show")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(config_path: str | None, as_json: bool) -> None:
-    """Print all settings with their values, and where each comes from."""
+    """Print the value of each key, and the line of the file that sets it.
+
+    \b
+    Example:
+      lazysnap config show --json
+    """
     settings = config_file.load(config_path)
     where = config_path or config_file.DEFAULT_PATH
     origins = _origins(config_file.read(config_path) or "", where)
@@ -65,6 +77,10 @@ def check(file: str | None) -> None:
     """Say whether FILE can be used, and if not, what is wrong with it, and where.
 
     Exit status: 0 if it can be used, 2 if not.
+
+    \b
+    Example:
+      lazysnap config check config.toml
     """
     path = file or config_file.DEFAULT_PATH
     config_file.load(path)

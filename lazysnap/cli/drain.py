@@ -42,7 +42,7 @@ _EXIT_INCOMPLETE = 1
     callback=duration,
     metavar="DURATION",
     show_default=True,
-    help="Give up when nothing has arrived for so long.",
+    help="Give up when nothing has arrived for this time.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -54,9 +54,15 @@ def command(
     patience: float,
     as_json: bool,
 ) -> None:
-    """Fetch everything of IMAGEs, or of all lazy images, into the cache.
+    """Fetch the rest of IMAGEs, or of all lazy images, into the cache.
 
-    Exit status: 1 if something could not be fetched.
+    They need no network afterwards, unless the cache evicts some of it.
+
+    Exit status: 1 if some of it could not be fetched.
+
+    \b
+    Example:
+      lazysnap drain registry.example/app:1
     """
     log.setup("error")
     directory = readable_root(root or config_file.load(config_path).root)
@@ -214,7 +220,7 @@ def _as_text(layers: Sequence[Mapping[str, Any]]) -> str:
         for layer in missing
     ]
     lines.append(
-        f"{len(layers) - len(missing)} of {len(layers)} lazy layers are local as a whole"
+        f"{len(layers) - len(missing)} of {len(layers)} lazy layers are completely local"
         + ("; is the cache's limit large enough for all of them?" if missing else "")
     )
     return "\n".join(lines)

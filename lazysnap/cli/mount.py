@@ -24,16 +24,18 @@ from lazysnap.standalone.root import default_root
 @click.argument("mountpoint", type=click.Path())
 @click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
 @click.option(
-    "--writable", is_flag=True, help="Let files be changed; umount throws the changes away."
+    "--writable", is_flag=True, help="Make it writable; `lazysnap umount` discards the changes."
 )
 @click.option(
-    "--platform", metavar="OS/ARCH[/VARIANT]", help="Platform; by default this machine's."
+    "--platform",
+    metavar="OS/ARCH[/VARIANT]",
+    help="Platform of the image.  [default: this machine's]",
 )
 @click.option(
     "--root",
     type=click.Path(),
     help="Directory of all state and the cache, not the one of lazysnap serve."
-    " [default: /var/lib/lazysnap-standalone, of ordinary users $XDG_DATA_HOME/lazysnap]",
+    " [default: /var/lib/lazysnap-standalone, for ordinary users $XDG_DATA_HOME/lazysnap]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Log to standard error.")
@@ -49,8 +51,13 @@ def command(
 ) -> None:
     """Mount the image REF at the empty directory MOUNTPOINT; files are fetched when they are read.
 
-    REF is a name in a registry, oci:DIRECTORY[:NAME], or oci-archive:FILE[:NAME]. Needs no daemon. The
-    mount is nosuid and nodev, and read-only without --writable. `lazysnap umount` removes it.
+    REF is a name in a registry, oci:DIRECTORY[:NAME], or oci-archive:FILE[:NAME]. No daemon is needed.
+    The mount is nosuid and nodev, and read-only without --writable. `lazysnap umount` removes it.
+
+    \b
+    Examples:
+      lazysnap mount registry.example/app:1 /mnt
+      lazysnap mount oci:./layout:app /mnt --writable
     """
     log.setup("debug" if debug else "warning")
     request = Request(

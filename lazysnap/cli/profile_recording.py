@@ -138,7 +138,7 @@ def _shards(root: str, image: LocalImage) -> dict[int, list[int]]:
     if not shards:
         raise FailedPrecondition(
             f"no layer of {image.name} is mounted lazily under {root}",
-            hint="pull it with `lazysnap pull` first; is --root right?",
+            hint="pull it with `lazysnap pull` first, and check --root",
         )
     return shards
 

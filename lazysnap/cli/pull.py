@@ -41,11 +41,13 @@ _OTHERS = frozenset({"overlayfs", "native"})
 )  # fmt: skip
 @click.option(
     "--root", default=paths.DEFAULT_ROOT, envvar="LAZYSNAP_ROOT", show_default=True, metavar="DIR",
-    help="lazysnap's root directory, where its daemon is asked to pull.",
+    help="Directory of all of lazysnap's state, where its daemon is asked to pull.",
 )  # fmt: skip
 @click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
 @click.option(
-    "--platform", metavar="OS/ARCH[/VARIANT]", help="Platform; by default this machine's."
+    "--platform",
+    metavar="OS/ARCH[/VARIANT]",
+    help="Platform of the image.  [default: this machine's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Log to standard error.")
@@ -60,7 +62,15 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Pull the image REF into containerd; lazy layers are mounted, not downloaded."""
+    """Pull the image REF into containerd; lazy layers are mounted, not downloaded.
+
+    The output tells for each layer whether it is lazy, and why not.
+
+    \b
+    Examples:
+      lazysnap pull registry.example/app:1
+      lazysnap pull -n k8s.io registry.example/app:1
+    """
     began = time.monotonic()
     platform = platform or _host_platform()
     place = {"address": address, "namespace": namespace, "snapshotter": snapshotter}

@@ -43,12 +43,16 @@ def command(
 ) -> None:
     """Show how IMAGE started on this node: what was fetched when, and which reads waited.
 
-    It tells what the workers remember: the latest events since they were started. So ask soon after
-    the start.
+    The workers remember only the latest events, and forget all when they end: run this soon after the
+    start.
+
+    \b
+    Example:
+      lazysnap report registry.example/app:1 -o app.html
     """
     log.setup("error")
     if as_json and output == "-":
-        raise InvalidArgument("--json and --output - both want the standard output")
+        raise InvalidArgument("--json and --output - cannot both use standard output")
     directory = readable_root(root or config_file.load(config_path).root)
     report = interrupt.run(lambda: _look(directory, image))
     path = output or ("" if as_json else _OUTPUT)

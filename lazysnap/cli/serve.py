@@ -21,7 +21,7 @@ from lazysnap.cli.options import config_option, root_option
 @click.option(
     "--unmount-on-exit",
     is_flag=True,
-    help="Take down all mounts when stopping. Containers that use them break.",
+    help="Unmount everything when stopping. Containers that use the mounts break.",
 )
 @click.option(
     "--shard-slice",
@@ -40,7 +40,12 @@ def command(
     """Serve snapshots to containerd until SIGTERM.
 
     Options override the configuration file (default: /etc/lazysnap/config.toml), which is read again
-    at SIGHUP. Mounted layers go on working when the daemon stops; the next one finds them.
+    at SIGHUP. Mounted layers go on working when the daemon stops, and the next daemon finds them.
+
+    \b
+    Examples:
+      lazysnap serve
+      lazysnap serve --config config.toml --log-level debug
     """
     given = {"root": root, "address": address, "log_level": log_level}
 

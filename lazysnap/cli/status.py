@@ -30,13 +30,15 @@ _CLEAR = "\033[H\033[2J\033[3J"
 @config_option
 @root_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--watch", is_flag=True, help="Go on until Ctrl-C; with --json, a line each time.")
+@click.option(
+    "--watch", is_flag=True, help="Repeat until Ctrl-C; with --json, print a line each time."
+)
 @click.option(
     "--interval",
     default=2.0,
     type=click.FloatRange(min=0.1),
     show_default=True,
-    help="Seconds between two looks of --watch.",
+    help="Seconds between two outputs of --watch.",
 )
 @click.pass_context
 def command(
@@ -50,6 +52,11 @@ def command(
     """Show images and layers: what is local, what was fetched, why a layer is not lazy.
 
     Exit status: 1 if a shard does not answer.
+
+    \b
+    Examples:
+      lazysnap status
+      lazysnap status --json --watch
     """
     log.setup("error")
     directory = readable_root(root or config_file.load(config_path).root)
@@ -117,7 +124,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         f" {totals['errors']} errors"
     )
     if document["otherSnapshots"]:
-        yield f"{document['otherSnapshots']} committed snapshots were not asked for lazily"
+        yield f"{document['otherSnapshots']} other committed snapshots: no lazy mount was asked for"
     free = cache["fileSystemFreeBytes"]
     yield (
         f"cache: {bytes_text(cache['bytes'])} in {cache['contents']} contents"
@@ -140,7 +147,7 @@ def _user(key: str) -> str:
 def _layer_text(layer: dict[str, Any]) -> str:
     name = (layer["layer"] or layer["snapshot"]).rpartition(":")[2][:12]
     if not layer["lazy"]:
-        return f"{name:12}  unpacked: {layer['reason'] or 'not asked for lazily'}"
+        return f"{name:12}  unpacked: {layer['reason'] or 'no lazy mount was asked for'}"
     if layer["bytes"] is None:
         return f"{name:12}  slot {layer['slot']}: {layer['lastError'] or 'not known'}"
     parts = [f"{_share(layer)} local", f"{layer['localFiles']} of {layer['files']} files"]

@@ -32,7 +32,7 @@ from lazysnap.cli.options import config_option
 @click.option(
     "--unmount-on-exit",
     is_flag=True,
-    help="Take down the mount when stopping. Containers that use it break.",
+    help="Unmount everything when stopping. Containers that use the mount break.",
 )
 @click.option(
     "--shard-slice",
@@ -57,8 +57,12 @@ def command(
       additionallayerstores = ["/var/lib/lazysnap-store/store:ref"]
 
     The configuration file is that of lazysnap serve (default: /etc/lazysnap/config.toml), and read again
-    at SIGHUP; what it says of root, socket and metrics_address does not count. Containers go on reading
-    when the daemon stops.
+    at SIGHUP; its root, address and metrics_address are not used. Containers go on reading when the store
+    stops.
+
+    \b
+    Example:
+      lazysnap store
     """
     given = {"root": root, "metrics_address": metrics_address}
     if log_level:

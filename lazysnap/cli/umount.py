@@ -19,14 +19,18 @@ from lazysnap.standalone.root import default_root
 @click.option(
     "--root",
     type=click.Path(),
-    help="As for lazysnap mount. [default: /var/lib/lazysnap-standalone]",
+    help="The --root of `lazysnap mount`.  [default: as there]",
 )
-@click.option("--lazy", is_flag=True, help="Unmount it while it is in use, too.")
+@click.option("--lazy", is_flag=True, help="Unmount it even while it is in use.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(mountpoint: str, root: str | None, lazy: bool, as_json: bool) -> None:
-    """Unmount the image at MOUNTPOINT; the last one takes the processes that serve it along.
+    """Unmount the image at MOUNTPOINT; with the last one, the processes that serve it end.
 
-    Also removes what is left of commands that were killed. What was fetched stays in the cache.
+    It also cleans up after commands that were killed. What was fetched stays in the cache.
+
+    \b
+    Example:
+      lazysnap umount /mnt
     """
     log.setup("error")
     path = _resolved(mountpoint)

@@ -34,5 +34,5 @@ def _quantity(value: str, units: Mapping[str, int], what: str) -> float:
     match = _QUANTITY.fullmatch(value.strip())
     factor = units.get(match[2].lower()) if match else None
     if match is None or factor is None:
-        raise click.BadParameter(f"{value!r} is no {what}")
+        raise click.BadParameter(f"{value!r} is not a {what}")
     return float(match[1]) * factor

@@ -116,4 +116,4 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path) -> None:
 
 def test_nothing_to_drain(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["drain", "--root", str(tmp_path)])
-    assert (result.exit_code, result.stdout) == (0, "0 of 0 lazy layers are local as a whole\n")
+    assert (result.exit_code, result.stdout) == (0, "0 of 0 lazy layers are completely local\n")

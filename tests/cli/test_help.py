@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pytest
+from click.testing import CliRunner
 
 from lazysnap.cli import main
+from tests.support.mentions import commands_in_lines
 
 
 def _commands(group: click.Group, words: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -22,7 +26,7 @@ def _commands(group: click.Group, words: str = "") -> Iterator[tuple[str, click.
         assert command is not None
         yield f"{words}{name}", command
         if isinstance(command, click.Group):
-            yield from _commands(command, f"{name} ")
+            yield from _commands(command, f"{words}{name} ")
 
 
 def test_everything_is_explained() -> None:
@@ -32,10 +36,54 @@ def test_everything_is_explained() -> None:
             if isinstance(parameter, click.Option):
                 assert parameter.help, (words, parameter.name)
         if isinstance(command, click.Group):  # no line of its list is cut off
-            page = command.get_help(click.Context(command, terminal_width=80))
+            context = click.Context(command, terminal_width=80, **main.context_settings)
+            page = command.get_help(context)
             _, _, listed = page.partition("Commands:\n")
             assert listed
             assert "..." not in listed, words
+
+
+def test_the_first_page_groups_all_commands() -> None:
+    page = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    sections = re.findall(r"^(\w[^\n]*):\n((?:  \S.*\n)+)", page, re.MULTILINE)
+    titles = [title for title, _ in sections if title != "Options"]
+    assert titles == ["Daemons", "Images", "State and trouble"]
+    listed = [
+        line.split()[0]
+        for title, lines in sections
+        if title in titles
+        for line in lines.splitlines()
+    ]
+    assert sorted(listed) == main.list_commands(click.Context(main))
+    assert "Exit status: 0 success; 1 an error; 2 wrong use" in page
+    assert all(len(line) <= 80 for line in page.splitlines())
+
+
+@pytest.mark.parametrize("words", [words for words, _ in _commands(main)])
+def test_every_page_has_an_example_of_its_own(words: str) -> None:
+    done = CliRunner().invoke(main, [*words.split(), "-h"], terminal_width=100)
+    assert done.exit_code == 0
+    examples = list(commands_in_lines(done.output.partition("Example")[2].partition("\n\n")[0]))
+    assert examples
+    for example in examples:
+        assert example.startswith(f"lazysnap {words}"), example
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["pul", "app"], "No such command 'pul'. Did you mean 'pull'?"),
+        (["cache", "purge"], "No such command 'purge'. Did you mean 'prune'?"),
+        (["config", "x"], "No such command 'x'. Known are: check, default, show."),
+        (["pull"], "Missing argument 'REF'"),
+        (["pull", "--jsn", "app"], "No such option '--jsn'"),
+    ],
+)
+def test_wrong_use_says_what_is_right(words: list[str], advice: str) -> None:
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert advice in done.stderr
+    assert "--help' for help" in done.stderr or "-h' for help" in done.stderr
 
 
 def test_bash_completes() -> None:

@@ -83,7 +83,7 @@ def wrong_command(text: str, main: click.Group) -> str:
 
     Placeholders in capitals, and brackets around what may be left out, may be in it.
     """
-    context = click.Context(main)
+    context = click.Context(main, **main.context_settings)
     command: click.Command = main
     # Brackets and the bars between alternatives are no words of the command line.
     words = _words(re.sub(r"[\[\]]|\.\.\.|(?<=\S)\|(?=-)", " ", text))
