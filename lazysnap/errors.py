@@ -113,14 +113,14 @@ class NotLazy(LazysnapError):
 
 
 class RegistryError(LazysnapError):
-    """A registry answered with an error that trying again does not cure."""
+    """A registry answered with an error, and trying again does not help."""
 
     grpc_code = "UNAVAILABLE"
     default_reason = "registry-error"
 
 
 class RegistryUnreachable(RegistryError):
-    """A registry could not be reached, or kept failing, until the time for it was used up."""
+    """A registry could not be reached, or kept failing, until the time limit."""
 
     retryable = True
     default_reason = "registry-unreachable"
@@ -153,7 +153,7 @@ class ContainerdError(LazysnapError):
 
 
 def rebuilt(kind: str, message: str, hint: str | None, reason: str | None) -> LazysnapError:
-    """The error that another process has described by these.
+    """Make the error that another process has described.
 
     Args:
         kind: name of its class; `Internal` is taken for one that is not in this module.

@@ -25,7 +25,7 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A safe way to mend what was found.
+    """A safe way to fix what was found.
 
     Attributes:
         action: does it and says what it did; blocks; raises LazysnapError or OSError if it cannot.
@@ -45,8 +45,8 @@ class Finding:
         summary: what is wrong.
         detail: why it matters, or what exactly was seen.
         hint: what to do.
-        id: of the probe; filled in by whoever runs it.
-        fix: how it can be mended, if that is safe.
+        id: of the probe; filled in when it is run.
+        fix: how it can be fixed, if that is safe.
         fixed: what was done about it.
     """
 

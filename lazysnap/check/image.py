@@ -26,7 +26,7 @@ _NOT_LAZY = (NotLazy, FormatError, DigestMismatch, RangesUnsupported)
 
 
 async def image(context: Context) -> list[Finding]:
-    """Opens each layer as Prepare would, into a directory that is thrown away."""
+    """Opens each layer as Prepare would, into a directory that is removed afterwards."""
     if context.image is None:
         return []
     wanted = Platform.parse(f"linux/{platform.machine()}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs probes side by side, and mends what they found.
+"""Runs probes side by side, and fixes what they found.
 
 A probe that fails or hangs is a finding like any other, and keeps no other probe from its work.
 """
@@ -77,14 +77,14 @@ def _os_hint(error: OSError) -> str:
 
 
 def repair(context: Context, findings: Sequence[Finding]) -> list[Finding]:
-    """Mend what can safely be mended, and say what was done. Blocks.
+    """Fix what can be fixed safely, and say what was done. Blocks.
 
     Args:
         context: what was checked.
         findings: what was found.
 
     Returns:
-        The same findings: those that were mended with `fixed`, others perhaps with another hint.
+        The same findings: those that were fixed with `fixed`, others perhaps with another hint.
     """
     with _no_daemon(context) as offline:
         return [_repaired(finding, offline) for finding in findings]

@@ -124,7 +124,7 @@ async def ask_file_system(path: str, seconds: float) -> Look:
     """statfs(2) of a path, which FUSE always passes on, in a process that may be left behind.
 
     A process that waits for a request that its server has read and does not answer cannot be ended,
-    not even by SIGKILL, and who waits for it hangs with it. So it is init's child, not ours: it is
+    not even by SIGKILL, and its parent hangs as well. So it is init's child, not ours: it is
     started through a shell that ends at once.
 
     Args:
@@ -165,7 +165,7 @@ def peer(path: str) -> int:
     """The process that listens at a unix socket (SO_PEERCRED, unix(7)).
 
     Raises:
-        OSError: nobody does, or it cannot be told: it is in another process namespace.
+        OSError: no process does, or it is in another process namespace.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_CONNECT_SECONDS)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tries what a kernel can do, with real mounts in a temporary directory.
 
-`unshare --mount python -m lazysnap.check.trial NAME DIRECTORY` prints `yes` or `no`, or why it cannot
-be told. The mount namespace of its own makes that nothing can stay mounted, however it ends.
+`unshare --mount python -m lazysnap.check.trial NAME DIRECTORY` prints `yes` or `no`, or the
+error that prevents an answer. It has a mount namespace of its own, so nothing stays mounted, however it
+ends.
 """
 
 from __future__ import annotations

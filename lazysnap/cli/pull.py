@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lazysnap pull`: has the daemon pull, or loads what that takes, `pulling`, and does it itself.
+"""`lazysnap pull`: lets the daemon pull, or loads `pull_here` and pulls itself.
 
 The daemon is asked before anything else, as it works while this process loads the rest.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `lazysnap pull` runs if the daemon does not pull. What a pull is stands in `lazysnap.pull`."""
+"""What `lazysnap pull` runs if the daemon does not pull. `lazysnap.pull` has what a pull is."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the daemon of this node to pull an image; `delegation` follows what it does then.
+"""Asks the daemon of this node to pull an image; `daemon_client` follows what it does then.
 
 The daemon has loaded what a pull needs. A command has not, and would take a quarter of a second for that,
 as long as all the rest. So this module loads next to nothing: the daemon is at work while the command

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Follows the daemon of this node while it pulls an image, which it can if all of its layers are lazy.
 
-It is asked by `asking`; what it does is in `delegated`. Of what a pull needs nothing is loaded here.
+`daemon_ask` has asked it, and `daemon_server` is what it runs. Nothing that a pull needs is loaded here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Delegation:
     """A pull that the daemon was asked to do.
 
     Args:
-        connection: on which it was asked, see `asking.ask`; is closed by `follow`.
+        connection: on which it was asked, see `daemon_ask.ask`; is closed by `follow`.
 
     Attributes:
         documents: of the image, as soon as the daemon has told them: see `pack_documents`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pulls that the daemon does for commands, see `delegation`, and what is left of those that it cannot do.
+"""Pulls that the daemon does for commands, see `daemon_client`, and what is left of those it cannot do.
 
 It pulls only images of which every layer is lazy, or there: that takes little time and memory. What has to
 be downloaded and unpacked is left to the command, with the documents of the image, which need not be

@@ -464,7 +464,7 @@ BROKEN = (
     Broken(no_fuse, "fuse-device", 2, "there is no /dev/fuse", "modprobe fuse"),
     Broken(ordinary_user, "user", 2, "not running as root", "as root"),
     Broken(user_namespace, "overlay-options", 1, "in a user namespace", "first user namespace"),
-    Broken(full_disk, "space", 2, "the disk is full", "make room"),
+    Broken(full_disk, "space", 2, "the disk is full", "free some space"),
     Broken(no_inodes, "space", 1, "inodes are free", "remove files"),
     Broken(root_on_overlay, "overlay", 2, "overlay does not work on the root's", "on ext4"),
     Broken(snapshots_are_open, "root", 1, "other users can enter", "chmod 0700"),
