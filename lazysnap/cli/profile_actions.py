@@ -167,9 +167,13 @@ def push(image: LocalImage, profile: Profile, *, plain_http: bool) -> None:
         async with Registry() as registry:
             if plain_http:
                 registry.allow_plain_http(reference.host)
-            data = serialize(profile)
             await push_referrer(
-                registry, reference, image.manifest, ARTIFACT_TYPE, data, ARTIFACT_TYPE
+                registry,
+                reference,
+                image.manifest,
+                artifact_type=ARTIFACT_TYPE,
+                payload=serialize(profile),
+                payload_media_type=ARTIFACT_TYPE,
             )
 
     interrupt.run(work)

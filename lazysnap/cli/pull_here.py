@@ -51,7 +51,13 @@ def run(
                 image = await image_of(documents, image_name, wanted)
             with pull_output.progress() as progress:
                 return await pull(
-                    image_name, containerd, registry, snapshotter, wanted, progress, image
+                    image_name,
+                    containerd,
+                    registry,
+                    snapshotter,
+                    wanted,
+                    progress=progress,
+                    image=image,
                 )
 
     return interrupt.run(work)

@@ -79,8 +79,8 @@ class Delegated:
                 self._registry,
                 snapshotter,
                 wanted,
-                _Told(tell),
-                image,
+                progress=_Told(tell),
+                image=image,
                 lazy_only=True,
             )
         _log.info("image pulled for a command", reference=reference, namespace=namespace)

@@ -67,6 +67,7 @@ class Downloads:
         content: Content,
         registry: Registry,
         reference: Reference,
+        *,
         labeller: Labeller,
         progress: Progress,
     ) -> None:

@@ -75,26 +75,21 @@ async def store(content: Content, image: Image, labeller: Labeller) -> None:
         image: as the registry gave it.
         labeller: for the image's reference.
     """
-    await _write(content, labeller, "config", image.manifest.config, image.config_bytes, {})
+
+    async def write(
+        kind: str, descriptor: oci.Descriptor, data: bytes, labels: dict[str, str]
+    ) -> None:
+        labels |= labeller.source(await labeller.present(descriptor.digest))
+        await content.write(f"{kind}-{descriptor.digest}", data, descriptor.digest, labels)
+
+    await write("config", image.manifest.config, image.config_bytes, {})
     for descriptor, data in reversed(image.documents):
         document = oci.parse_document(data, descriptor.media_type)
         if isinstance(document, oci.Index):
             kind, labels = "index", _index_labels(document.manifests or ())
         else:
             kind, labels = "manifest", _manifest_labels(document)
-        await _write(content, labeller, kind, descriptor, data, labels)
-
-
-async def _write(
-    content: Content,
-    labeller: Labeller,
-    kind: str,
-    descriptor: oci.Descriptor,
-    data: bytes,
-    labels: dict[str, str],
-) -> None:
-    labels |= labeller.source(await labeller.present(descriptor.digest))
-    await content.write(f"{kind}-{descriptor.digest}", data, descriptor.digest, labels)
+        await write(kind, descriptor, data, labels)
 
 
 def _manifest_labels(manifest: oci.Manifest) -> dict[str, str]:

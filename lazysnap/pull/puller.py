@@ -28,9 +28,9 @@ async def pull(
     registry: Registry,
     snapshotter: str,
     platform: Platform,
+    *,
     progress: Progress | None = None,
     image: Image | None = None,
-    *,
     lazy_only: bool = False,
 ) -> PullResult:
     """Pull an image; layers that the snapshotter mounts lazily are not downloaded.
@@ -55,15 +55,18 @@ async def pull(
     layers = plan(image)
     progress.resolved([layer.blob for layer in layers])
     async with containerd.lease() as leased:
-        labeller = metadata.Labeller(leased.content, reference)
         results, received = await _contents(
-            leased, registry, image, snapshotter, layers, labeller, progress, lazy_only
+            leased,
+            registry,
+            image,
+            layers,
+            snapshotter=snapshotter,
+            progress=progress,
+            lazy_only=lazy_only,
         )
         if layers:
-            label = f"containerd.io/gc.ref.snapshot.{snapshotter}"
-            await leased.content.set_labels(
-                image.manifest.config.digest, {label: layers[-1].chain_id}
-            )
+            labels = {f"containerd.io/gc.ref.snapshot.{snapshotter}": layers[-1].chain_id}
+            await leased.content.set_labels(image.manifest.config.digest, labels)
         await leased.set_image(reference.name, image.top)
     return PullResult(
         reference.name, image.top.digest, image.descriptor.digest, tuple(results), received
@@ -74,9 +77,9 @@ async def _contents(
     containerd: Containerd,
     registry: Registry,
     image: Image,
-    snapshotter: str,
     layers: list[Layer],
-    labeller: metadata.Labeller,
+    *,
+    snapshotter: str,
     progress: Progress,
     lazy_only: bool,
 ) -> tuple[list[LayerResult], int]:
@@ -84,28 +87,30 @@ async def _contents(
     failures: list[LazysnapError] = []  # raised outside, where they are not wrapped into a group
     results: list[LayerResult] = []
     stored = trio.Event()
+    labeller = metadata.Labeller(containerd.content, image.reference)
+
+    async def store() -> None:
+        try:
+            await metadata.store(containerd.content, image, labeller)
+        except LazysnapError as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+        stored.set()
+
     async with trio.open_nursery() as nursery:
-
-        async def store() -> None:
-            try:
-                await metadata.store(containerd.content, image, labeller)
-            except LazysnapError as error:
-                failures.append(error)
-                nursery.cancel_scope.cancel()
-            stored.set()
-
         nursery.start_soon(store)
+        content = containerd.content
         downloads = Downloads(
-            nursery, containerd.content, registry, image.reference, labeller, progress
+            nursery, content, registry, image.reference, labeller=labeller, progress=progress
         )
         unpacker = Unpacker(
             containerd,
             snapshotter,
             layers,
-            downloads,
-            labeller,
-            progress,
-            nursery,
+            downloads=downloads,
+            labeller=labeller,
+            progress=progress,
+            nursery=nursery,
             lazy_only=lazy_only,
         )
         try:

@@ -90,6 +90,7 @@ class Staging:
         downloads: Downloads,
         appliers: Appliers,
         nursery: trio.Nursery,
+        *,
         address: str,
         new_key: Callable[[str], str],
     ) -> None:

@@ -72,7 +72,8 @@ def plan(image: Image) -> list[Layer]:
         zip(blobs, image.config.diff_ids, image.config.chain_ids(), strict=True)
     ):
         labels = image.layer_labels(number, chain_id)
-        layers.append(Layer(number, blob, diff_id, chain_id, parent, labels))
+        layer = Layer(number, blob, diff_id, chain_id, parent=parent, labels=labels)
+        layers.append(layer)
         parent = chain_id
     return layers
 
@@ -108,11 +109,11 @@ class Unpacker:
         containerd: Containerd,
         snapshotter: str,
         layers: Sequence[Layer],
+        *,
         downloads: Downloads,
         labeller: Labeller,
         progress: Progress,
         nursery: trio.Nursery,
-        *,
         lazy_only: bool = False,
     ) -> None:
         self._nursery = nursery
@@ -125,7 +126,12 @@ class Unpacker:
         self._downloads = downloads
         self._labeller = labeller
         self._staging = Staging(
-            self._snapshots, downloads, self._appliers, nursery, containerd.address, _new_key
+            self._snapshots,
+            downloads,
+            self._appliers,
+            nursery,
+            address=containerd.address,
+            new_key=_new_key,
         )
         self._progress = progress
         self._results: list[LayerResult] = []

@@ -100,7 +100,7 @@ def _assemble(question: Question, answers: Mapping[int, Told], found: _Findings)
     """In a thread: names for all of it."""
     profile = _profile(question)
     layers = [
-        _layer(question, position, described, answers, profile, found)
+        _layer(question, position, described, answers=answers, profile=profile, found=found)
         for position, described in enumerate(question.image["layers"])
     ]
     _say_what_is_missing(question, layers, answers, profile, found)
@@ -145,6 +145,7 @@ def _layer(
     question: Question,
     position: int,
     described: Mapping[str, Any],
+    *,
     answers: Mapping[int, Told],
     profile: Profile | None,
     found: _Findings,

@@ -95,7 +95,9 @@ async def bring(
         zip(image.config.diff_ids, image.config.chain_ids(), strict=True)
     ):
         labels = image.layer_labels(number, chain_id)
-        parent = await _bring(engine, image, blobs[number], diff_id, parent, labels)
+        parent = await _bring(
+            engine, image, blobs[number], diff_id=diff_id, parent=parent, labels=labels
+        )
         found = (await engine.snapshotter.stat(parent)).labels
         result = LayerResult(
             blobs[number].digest,
@@ -112,6 +114,7 @@ async def _bring(
     engine: Engine,
     image: Image,
     blob: oci.Descriptor,
+    *,
     diff_id: Digest,
     parent: str,
     labels: dict[str, str],

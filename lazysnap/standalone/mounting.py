@@ -103,7 +103,9 @@ async def mount(
                         store,
                         registry,
                         settings,
-                        partial(_mount, root, request, image, source, progress),
+                        partial(
+                            _mount, root, request, image=image, source=source, progress=progress
+                        ),
                         find_profiles=not request.reference.is_local,
                     )
                 except BaseException:
@@ -118,10 +120,11 @@ async def mount(
 async def _mount(
     root: str,
     request: Request,
+    parts: Engine,
+    *,
     image: Image,
     source: str,
     progress: Callable[[int, LayerResult], None],
-    parts: Engine,
 ) -> Mounted:
     if request.writable and not image.manifest.layers:
         raise FailedPrecondition(f"{request.reference} has no layers, and cannot be writable")

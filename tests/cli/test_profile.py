@@ -46,7 +46,7 @@ class Scene:
         self.calls.append(("record", *run))
         return GIVEN
 
-    async def push(self, *_: object) -> None:
+    async def push(self, *_: object, **__: object) -> None:
         self.calls.append(("push",))
 
     async def fetch(self, *_: object) -> list[Profile]:

@@ -125,7 +125,7 @@ async def test_an_image_is_not_there_before_its_documents(
     results = []
 
     async def work() -> None:
-        results.append(await pull(reference, client, registry, "overlayfs", AMD64, ends))
+        results.append(await pull(reference, client, registry, "overlayfs", AMD64, progress=ends))
 
     # Another client is at it, so that ours has to wait.
     other = client.content.writer(f"config-{config}", config, manifest["config"]["size"])
@@ -297,7 +297,7 @@ async def test_a_cancelled_pull_leaves_nothing(
                 scope.cancel()
 
     with trio.CancelScope() as scope:
-        await pull(reference, client, registry, "overlayfs", AMD64, Cancelling())
+        await pull(reference, client, registry, "overlayfs", AMD64, progress=Cancelling())
     assert scope.cancelled_caught
     assert_nothing_left(daemon)
 
