@@ -145,7 +145,7 @@ def test_a_shard_that_does_not_answer(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", "--root", str(tmp_path), "r/x", "--json"])
     assert result.exit_code == 0
     told = json.loads(result.stdout)
-    assert any("Shard 1 tells nothing" in sentence for sentence in told["missing"])
+    assert any("Shard 1 does not report its layers" in sentence for sentence in told["missing"])
     assert [layer["digest"] for layer in told["layers"]] == ["sha256:00"]
     result = CliRunner().invoke(main, ["report", "--root", str(tmp_path), "r/x", "-o", "-"])
     assert (result.exit_code, result.stdout[:15]) == (0, "<!DOCTYPE html>")

@@ -228,7 +228,7 @@ def test_what_others_have_mounted_stays(it: Scene) -> None:
     for _ in range(2):
         done = it.run("umount", it.point)
         assert done.returncode != 0
-        assert "not mounted by lazysnap" in done.stderr
+        assert "not made by lazysnap" in done.stderr
         made = layout(it.new_point() / "layout", ["plain"] * 3)
         other = it.new_point()
         it.mount(f"oci:{made.path}", point=other)  # now there is a root
