@@ -293,7 +293,7 @@ def test_the_container_comes_back_after(booted: Scene, event: str) -> None:
 
 
 def test_it_can_be_removed(booted: Scene) -> None:
-    """As the README says."""
+    """As docs/install.md says."""
     it = booted.machine
     booted.restart_always("stopped")
     wait_until(lambda: not booted.running())

@@ -42,7 +42,7 @@ systemctl mask systemd-networkd.service systemd-networkd.socket systemd-timesync
 systemctl set-default multi-user.target
 echo 5afe0000000000000000000000005afe >/etc/machine-id
 """
-# As the README says, but for CRI, which would look for a network of pods.
+# As docs/install.md says, but for CRI, which would look for a network of pods.
 _CONTAINERD = """\
 version = 2
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
@@ -174,7 +174,7 @@ class Machine:
     # -- life -------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Make the root, and install lazysnap in it as the README says."""
+        """Make the root, and install lazysnap in it as docs/install.md says."""
         with cache.locked(DEFAULT_ROOT):
             (DEFAULT_ROOT / "stages").mkdir(exist_ok=True)
             trees = build_stages(DEFAULT_ROOT / "stages", _stages(self._suite), suite=self._suite)
