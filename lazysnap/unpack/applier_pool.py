@@ -41,7 +41,8 @@ class Appliers:
 
         Args:
             job: what, and where to.
-            blob: its bytes, as they come.
+            blob: its bytes, as they come. Reading may stop before their end, and it is the
+                caller's to close them (`contextlib.aclosing` of a generator).
 
         Raises:
             LazysnapError: it cannot be unpacked; the target may have something in it.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from lazysnap.unpack.process import Job
 from tests.support.odd import file
 from tests.unpack.corpus import compressed, digest, pack
 
-_SECONDS = 60
+_SECONDS = 120
 
 
 class _pieces:  # noqa: N801 - used as a function; no generator, which somebody would have to close
@@ -63,25 +63,27 @@ async def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
 async def test_a_registry_that_fails_on_the_way(tmp_path: Path) -> None:
     blob = pack([file("f", os.urandom(1 << 20))])
 
-    async def broken() -> AsyncIterator[bytes]:
+    async def broken() -> AsyncGenerator[bytes, None]:
         yield blob[:500_000]
         raise RegistryUnreachable("gone")
 
-    with pytest.raises(RegistryUnreachable):
-        await Appliers(1).apply(_job(blob, tmp_path / "t"), broken())
+    async with contextlib.aclosing(broken()) as pieces:
+        with pytest.raises(RegistryUnreachable):
+            await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
 
 
 async def test_an_early_end_is_no_end(tmp_path: Path) -> None:
     blob = pack([file("f", b"x")])
     cut = blob[:-512]  # a tar may end here; the blob does not
 
-    async def short() -> AsyncIterator[bytes]:
+    async def short() -> AsyncGenerator[bytes, None]:
         yield cut
         await trio.sleep_forever()
 
-    with trio.move_on_after(1):
-        await Appliers(1).apply(_job(blob, tmp_path / "t"), short())
-        pytest.fail("an answer without all of the bytes")
+    async with contextlib.aclosing(short()) as pieces:
+        with trio.move_on_after(1):
+            await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
+            pytest.fail("an answer without all of the bytes")
 
 
 def _children() -> set[int]:
@@ -91,11 +93,6 @@ def _children() -> set[int]:
         with contextlib.suppress(OSError):  # the thread has ended; its children have another now
             found.update(map(int, children.read_text().split()))
     return found
-
-
-async def _hanging() -> AsyncIterator[bytes]:
-    yield b"x"
-    await trio.sleep_forever()
 
 
 async def test_a_process_that_is_killed(tmp_path: Path) -> None:
@@ -109,14 +106,17 @@ async def test_a_process_that_is_killed(tmp_path: Path) -> None:
 
     blob = pack([file("f", b"x")])
     with trio.fail_after(_SECONDS):
-        async with trio.open_nursery() as nursery:
+        async with (
+            contextlib.aclosing(_hanging_after(blob)) as pieces,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(kill)
             with pytest.raises((FormatError, Internal)):
-                await Appliers(1).apply(_job(blob, tmp_path / "t"), _hanging_after(blob))
+                await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
     assert _children() <= before
 
 
-async def _hanging_after(blob: bytes) -> AsyncIterator[bytes]:
+async def _hanging_after(blob: bytes) -> AsyncGenerator[bytes, None]:
     yield blob[:100]
     await trio.sleep_forever()
 
@@ -124,8 +124,11 @@ async def _hanging_after(blob: bytes) -> AsyncIterator[bytes]:
 async def test_cancelling_ends_the_process(tmp_path: Path) -> None:
     before = _children()
     blob = pack([file("f", b"x")])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Appliers(1).apply, _job(blob, tmp_path / "t"), _hanging())
+    async with (
+        contextlib.aclosing(_hanging_after(blob)) as pieces,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(Appliers(1).apply, _job(blob, tmp_path / "t"), pieces)
         with trio.fail_after(_SECONDS):
             while _children() <= before:
                 await trio.sleep(0.01)

@@ -12,8 +12,8 @@ import io
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,10 +64,11 @@ class _Local(LayerUnpacker):
         (tar,) = (tar for tar in self.tars.values() if digest(tar) == layer.digest)
         job = Job(target=target, size=len(tar), digest=str(layer.digest), lowers=list(lowers))
 
-        async def once() -> AsyncIterator[bytes]:
+        async def once() -> AsyncGenerator[bytes, None]:
             yield tar
 
-        return await self._appliers.apply(job, once())
+        async with aclosing(once()) as pieces:
+            return await self._appliers.apply(job, pieces)
 
 
 @asynccontextmanager
