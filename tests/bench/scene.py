@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixtures import sides
-from fixtures.containerd import Containerd, containerd
+from fixtures.containerd import Containerd
 from fixtures.images.catalogue import Built
 from fixtures.processes import FixtureError, accepts, clear, daemon, run
 from tests.support import compare
@@ -93,7 +93,6 @@ class Scene:
         self._address = address
         self._form = form
         self._mark = origin.mark()
-        self._containers = 0
 
     def pull(self, image: Built) -> float:
         """Pull an image with everything cold; the monotonic time at which that began."""
@@ -110,12 +109,11 @@ class Scene:
 
     def start(self, image: Built, command: Sequence[str], expected: str) -> float:
         """Run a container of a pulled image; the monotonic time of its first output."""
-        self._containers += 1
         reference = self.origin.reference(image, self._form, self.network)
-        options = ("--rm", "--net-host", "--snapshotter", self.side.name)
-        container = f"bench-{os.getpid()}-{self._containers}"
-        words = self.client.command("run", *options, reference, container, *command)
-        return sides.first_output(words, expected)
+        ended = self.client.run_to_end(
+            reference, *command, snapshotter=self.side.name, options=("--net-host",)
+        )
+        return sides.first_output(ended, expected)
 
     @contextlib.contextmanager
     def mounted(self, image: Built) -> Iterator[Path]:
@@ -172,14 +170,15 @@ class Scene:
 
     def disk(self) -> float:
         """Megabytes on disk that the snapshotter uses; for a peer that keeps them elsewhere, 0."""
-        folder = {OVERLAYFS: "root/io.containerd.snapshotter.v1.overlayfs"}.get(
-            self.side.name, LAZYSNAP
-        )
-        return _allocated(self.work / folder) / 1e6
+        if self.side.name == OVERLAYFS:
+            folder = self.client.directory / "root/io.containerd.snapshotter.v1.overlayfs"
+        else:
+            folder = self.work / LAZYSNAP
+        return _allocated(folder) / 1e6
 
     def content(self) -> float:
         """Megabytes on disk of containerd's content store."""
-        return _allocated(self.work / "root/io.containerd.content.v1.content") / 1e6
+        return _allocated(self.client.directory / "root/io.containerd.content.v1.content") / 1e6
 
     def _pull_command(self) -> list[str]:
         options = ("--plain-http", "--snapshotter", self.side.name)
@@ -187,7 +186,7 @@ class Scene:
             return self.client.command("images", "pull", *options)
         if self.side.name != LAZYSNAP:
             return self.client.command("images", "rpull", *options, client="ctr-remote")
-        places = ("--address", os.fspath(self.client.address), "--root", f"{self.work / LAZYSNAP}")
+        places = ("--address", self.client.address, "--root", f"{self.work / LAZYSNAP}")
         return [os.fspath(sides.LAZYSNAP), "pull", *places, *options]
 
     def _processes(self) -> set[int]:
@@ -237,7 +236,7 @@ def scene(
             elif side.reset:
                 run(["sh", "-c", side.reset], timeout=60)
             plugins = {} if address is None else {side.name: address}
-            client = stack.enter_context(containerd(work, plugins))
+            client = stack.enter_context(Containerd(work, proxies=plugins))
             it = Scene(work, side, network, origin, client, address, form or side.form)
             yield it
             if side.socket is not None:
@@ -261,7 +260,7 @@ def _snapshotter(work: Path, address: Path, program: Path | None, config: str) -
 def _keep_logs(work: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for log in work.glob("*.log"):
+    for log in (*work.glob("*.log"), *work.glob("containerd/*.log")):
         shutil.copy(log, target)
 
 

@@ -281,7 +281,7 @@ def corrupt_database(site: Site) -> Iterator[Call]:
 def lost_directory(site: Site) -> Iterator[Call]:
     """An operator who made room with rm."""
     key = f"lost-{os.urandom(4).hex()}"
-    snapshots = site.stack.containerd.ctr_command("snapshots", "--snapshotter", "lazysnap")
+    snapshots = site.stack.containerd.command("snapshots", "--snapshotter", "lazysnap")
     before = set((site.root / "snapshots").iterdir())
     subprocess.run([*snapshots, "prepare", key], check=True, capture_output=True)
     (made,) = set((site.root / "snapshots").iterdir()) - before

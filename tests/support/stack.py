@@ -236,7 +236,7 @@ class Stack:
     def start_daemon(self) -> None:
         """Start the daemon again and wait until containerd, which retries seldom, has noticed."""
         self.lazysnap.start()
-        snapshots = self.containerd.ctr_command("snapshots", "--snapshotter", SNAPSHOTTER)
+        snapshots = self.containerd.command("snapshots", "--snapshotter", SNAPSHOTTER)
         key = f"probe-{os.urandom(4).hex()}"
 
         def answers() -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.containerd import Containerd, containerd
+from fixtures.containerd import Containerd
 from fixtures.images import catalogue
 from fixtures.processes import kill_leftovers, unmount_below
 from fixtures.registry import Registry, registry
@@ -99,7 +99,7 @@ def _peers(work: Path, config: str = "") -> Iterator[Peers]:
         server = stack.enter_context(registry(storage, work, readonly=True))
         lazysnap.start()
         stack.callback(lazysnap.stop)
-        client = stack.enter_context(containerd(work, {SNAPSHOTTER: lazysnap.address}))
+        client = stack.enter_context(Containerd(work, proxies={SNAPSHOTTER: lazysnap.address}))
         yield Peers(server, client, lazysnap, work, itertools.count(), start)
 
 

@@ -99,7 +99,7 @@ def test_removing_an_image_leaves_nothing(it: Stack) -> None:
 
 def test_ctr_remote_rpull_is_understood(it: Stack) -> None:
     reference = it.push_busybox("image", ["estargz"] * 3)
-    done = it.containerd.ctr_command("images", "rpull", "--plain-http", "--snapshotter", "lazysnap")
+    done = it.containerd.command("images", "rpull", "--plain-http", "--snapshotter", "lazysnap")
     subprocess.run(["ctr-remote", *done[1:], reference], check=True, capture_output=True)
     assert it.run(reference, "sh", "-c", "cat /data/hello /etc/motd") == _EXPECTED
     assert all(_REMOTE in each for each in _layer_labels(it))

@@ -19,7 +19,7 @@ from tests.support.stack import Stack, stack, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd]
 
-SECONDS = 60
+SECONDS = 120
 
 
 def _named(path: Path, text: str) -> bool:

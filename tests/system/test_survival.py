@@ -110,7 +110,7 @@ def test_containers_run_on_while_the_daemon_dies_and_restarts(it: Stack) -> None
     name = f"survivor-{uuid.uuid4().hex[:12]}"  # known to the whole machine
     script = "while [ ! -e /stop ]; do md5sum /data/payload /data/many/* >/dev/null || exit 1; done"
     container = subprocess.Popen(
-        it.containerd.ctr_command(
+        it.containerd.command(
             *("run", "--rm", "--snapshotter", "lazysnap", reference, name),
             *("sh", "-c", script),
         ),

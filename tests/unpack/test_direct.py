@@ -34,7 +34,7 @@ def _layers_in_containerd(it: Stack) -> set[str]:
     """What of the content store is neither a manifest nor a configuration."""
     found = set()
     for digest in it.containerd.contents():
-        command = it.containerd.ctr_command("content", "get", digest)
+        command = it.containerd.command("content", "get", digest)
         data = subprocess.run(command, check=True, capture_output=True).stdout
         if not data.startswith(b"{"):
             found.add(digest)
