@@ -15,7 +15,7 @@ from lazysnap.config import Config
 from lazysnap.config_file import parse
 from tests.support.stack import Stack, stack, wait_until
 
-SECONDS = 60
+SECONDS = 120
 FIRST = "[shards]\ncount = 1\n[fetch]\nbackground = false\nlearn_profiles = false\n"
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.stack import stack, wait_until
 
-SECONDS = 60
+SECONDS = 120
 
 
 class _Collector(http.server.ThreadingHTTPServer):

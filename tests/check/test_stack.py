@@ -157,7 +157,7 @@ async def test_a_worker_without_a_keeper(checked: Checked) -> None:
     keepers = checked.it.lazysnap.keepers()
     assert await checked.look("shards") == []
     os.kill(keepers[0], signal.SIGKILL)
-    wait_until(lambda: not state.runs(keepers[0], "lazysnap.shard.keeper"), 30)
+    wait_until(lambda: not state.runs(keepers[0], "lazysnap.shard.keeper"))
     (found,) = await checked.look("shards")
     assert (found.level, "no keeper" in found.summary) == (Level.WARNING, True)
     assert await checked.look("layers") == []

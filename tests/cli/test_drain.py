@@ -91,7 +91,7 @@ def test_a_worker_that_is_replaced_is_asked_again(tmp_path: Path) -> None:
                 layers = it.lazysnap.call(shard, "status")
                 return any(layer["fetched_by_class"]["prefetch"] for layer in layers)
 
-            wait_until(begun, 60)
+            wait_until(begun)
             os.kill(worker, signal.SIGKILL)
             result = json.loads(process.stdout.read())
         assert process.returncode == 0

@@ -174,7 +174,7 @@ def test_watching_goes_on_until_it_is_interrupted(tmp_path: Path) -> None:
             [*command, "--watch", "--json", "--interval", "0.1"], stdout=file, stderr=file
         )
     try:
-        wait_until(lambda: output.read_bytes().count(b"\n") >= 2, 60)
+        wait_until(lambda: output.read_bytes().count(b"\n") >= 2)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130

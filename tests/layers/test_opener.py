@@ -33,6 +33,7 @@ from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import RegistrySettings
 from tests.fetch.engine import make_fetcher
 from tests.support import layers
+from tests.support.clocks import jumping_clock
 from tests.support.indexes import resolve
 from tests.support.layers import Layer
 from tests.support.registry import FaultyRegistry, Request, faulty_registry
@@ -74,6 +75,11 @@ class Bench:
     def toc_label(self, layer: Layer) -> Mapping[str, str]:
         """What containerd's clients hand on of the annotations."""
         return {oci.TOC_DIGEST: layer.annotations[oci.TOC_DIGEST]}
+
+
+@pytest.fixture
+def clock() -> trio.testing.MockClock:
+    return jumping_clock()
 
 
 @pytest.fixture
@@ -381,9 +387,8 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
 
 
 async def test_one_is_kept_that_has_built_nothing(
-    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nursery: trio.Nursery, clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lazysnap.layers.builder_pool._IDLE_SECONDS", 0.1)
     builders = Builders(2, kept=1)
     nursery.start_soon(builders.run)
     layer = layers.estargz(ENTRIES)
@@ -398,6 +403,7 @@ async def test_one_is_kept_that_has_built_nothing(
     first = await until_kept()
     await builders.build(job, layer.blob)
     assert [each.process.pid for each in builders._idle if each.used] == [first]
+    clock.jump(60)  # much longer than one may be idle
     assert await until_kept() != first
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import trio
+import trio.testing
 
 from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
@@ -446,15 +447,15 @@ async def test_whole_blob_from_any_server(  # fixtures
 
 
 async def test_slow_consumer_keeps_the_patience_of_the_stream(
-    server: FaultyRegistry, image: Reference
+    server: FaultyRegistry, image: Reference, clock: trio.testing.MockClock
 ) -> None:
     server.faults.append(Break(after=300_000, how="close"))
-    async with Registry(RegistrySettings(retry_seconds=3), Anonymous()) as registry:
+    async with Registry(RegistrySettings(retry_seconds=300), Anonymous()) as registry:
         blob = registry.blob(image, server.add_blob(DATA), len(DATA))
         received = bytearray()
         async with blob.read_stream(0, len(DATA)) as stream:
             async for chunk in stream:
                 received += chunk
                 if len(received) == 300_000:
-                    await trio.sleep(4)  # longer than the patience, which is what is tested
+                    clock.jump(400)  # longer than the patience, which is what is tested
     assert received == DATA

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import trio
+import trio.testing
 
 from lazysnap import oci
 from lazysnap.credentials.docker_config import Anonymous, Credential
@@ -176,9 +177,11 @@ async def test_refusals(server: FaultyRegistry, registry: Registry, image: Refer
     assert len(server.log) == sent
 
 
-async def test_slow_line_has_time_for_each_piece(image: Reference) -> None:
+async def test_slow_line_has_time_for_each_piece(
+    image: Reference, clock: trio.testing.MockClock
+) -> None:
     """A body of 8 MiB may take longer than the patience with a server that says nothing."""
-    settings = RegistrySettings(retry_seconds=3, stall_seconds=3)
+    settings = RegistrySettings(retry_seconds=300, stall_seconds=300)
     data = bytes(oci.MAX_DOCUMENT)
     arrived = 0
 
@@ -189,9 +192,10 @@ async def test_slow_line_has_time_for_each_piece(image: Reference) -> None:
             head += await stream.receive_some(4096)
         arrived = len(head.partition(b"\r\n\r\n")[2])
         while arrived < len(data):
-            # Eight receives of at most 1 MiB, each well within the limit, all of them not.
-            await trio.sleep(0.5)
-            arrived += len(await stream.receive_some(1 << 20))
+            # Fifty seconds for each MiB: any of them is well within the limit, all of them are not.
+            received = len(await stream.receive_some(1 << 20))
+            clock.jump(50 * received / (1 << 20))
+            arrived += received
         await stream.send_all(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
 
     async with trio.open_nursery() as nursery:

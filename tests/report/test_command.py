@@ -79,7 +79,7 @@ def _counted_as_well(it: Stack, *arguments: str) -> dict[str, Any]:
         found.append((told, before))
         return before == _counts(it, shard) and not any(r["underWay"] for r in told["ranges"])
 
-    wait_until(at_rest, 60)
+    wait_until(at_rest)
     told, counted = found[-1]
     for layer in counted:
         mine = [
@@ -103,7 +103,7 @@ def _after_a_restart(it: Stack, reference: str) -> None:
     """The next worker knows nothing of it, and says so; what it served goes on."""
     ((shard, worker),) = it.lazysnap.workers().items()
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: it.lazysnap.workers()[shard] != worker, 60)
+    wait_until(lambda: it.lazysnap.workers()[shard] != worker)
     told = _report(it, reference)
     assert told["ranges"] == []
     for number in (1, 2):

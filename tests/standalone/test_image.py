@@ -15,7 +15,7 @@ from lazysnap.snapshotter import Snapshotter
 from lazysnap.standalone.image import committed
 from lazysnap.store.snapshots import SnapshotStore
 
-_SECONDS = 60
+_SECONDS = 120
 
 
 async def test_a_layer_is_found_while_the_snapshotter_uses_its_database(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 
-from fixtures.processes import alive, free_port
+from fixtures.processes import alive
 from tests.standalone.scene import SECONDS, Scene, layout, mounts_below
 from tests.support import images
 from tests.support.images import Layout
@@ -254,7 +255,9 @@ async def test_images_that_are_not_there(it: Scene) -> None:
             )
     _refused(it, f"oci:{it.directory}/nothing", it.point, says="index.json")
     _refused(it, "Not A Name", it.point, says="lower case")
-    _refused(it, f"127.0.0.1:{free_port()}/app", it.point, says="127.0.0.1")
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        _refused(it, f"127.0.0.1:{taken.getsockname()[1]}/app", it.point, says="127.0.0.1")
     it.assert_clean()
     assert not it.root.exists()
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual time for tests of code that works in threads, too.
+"""Virtual time for tests of code that works in threads, or with sockets and processes, too.
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
     return patient_clock(monkeypatch)
+
+Time must pass in some tests that talk to a real server or process. They take `jumping_clock` instead,
+whose time is the real one until the test says ``clock.jump(seconds)``: so they neither wait, nor
+depend on how much of a short time a busy machine needs for something else.
 """
 
 from __future__ import annotations
@@ -14,6 +18,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+
+
+def jumping_clock() -> trio.testing.MockClock:
+    """A clock that goes at the pace of the real one and that a test can put forward."""
+    return trio.testing.MockClock(rate=1.0)
 
 
 def patient_clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
