@@ -14,7 +14,7 @@ from functools import partial
 
 from fixtures.images import big, catalogue
 from fixtures.images.catalogue import Built
-from tests.support import odd
+from tests.support import odd_images
 
 from .plan import Measure, Values
 from .reading import read, seconds
@@ -95,7 +95,9 @@ _PY = partial(catalogue.build, "py-full", _FORMS)
 _measure = partial(Measure, lazy_only=True)
 MEASURES = [
     _measure("memory-rest", "memory", _PY, _rest),
-    _measure("memory-files", "memory, 100,000 files", partial(odd.built, "many", _FORMS), _files),
+    _measure(
+        "memory-files", "memory, 100,000 files", partial(odd_images.built, "many", _FORMS), _files
+    ),
     _measure("memory-four", "memory, all of py by 4 readers", _PY, _four),
     _measure("memory-readers", "memory, 1 GiB by 4 readers", partial(big.build, _FORMS), _readers),
 ]

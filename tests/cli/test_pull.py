@@ -7,33 +7,21 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.pull.conftest import serve
-from tests.support.containerd import PrivateContainerd, private_containerd
+from tests.pull.conftest import daemon, serve, server
+from tests.support.containerd import PrivateContainerd
 from tests.support.images import busybox_layers, write_layout
-from tests.support.registry import Break, FaultyRegistry, Hold, faulty_registry
+from tests.support.registry import Break, FaultyRegistry, Hold
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
+__all__ = ["daemon", "server"]  # fixtures of tests/pull
 LAZYSNAP = (sys.executable, "-m", "lazysnap")
-
-
-@pytest.fixture
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    with private_containerd(tmp_path_factory.mktemp("c")) as containerd:
-        yield containerd
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[FaultyRegistry]:
-    async with faulty_registry() as server:
-        yield server
 
 
 async def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:

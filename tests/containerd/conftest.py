@@ -3,25 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from lazysnap.containerd.client import Containerd
-from tests.support.containerd import PrivateContainerd, private_containerd
+from tests.support.containerd_fixtures import client, daemon
 
-
-@pytest.fixture
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    # not tmp_path: the name of a long test makes a path too long for a socket
-    with private_containerd(tmp_path_factory.mktemp("c")) as containerd:
-        yield containerd
-
-
-@pytest.fixture
-async def client(daemon: PrivateContainerd) -> AsyncIterator[Containerd]:
-    async with Containerd(daemon.address) as containerd:
-        yield containerd
+__all__ = ["client", "daemon", "leased"]
 
 
 @pytest.fixture

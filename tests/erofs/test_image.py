@@ -23,8 +23,8 @@ from lazysnap.index.codec import encode
 from lazysnap.index.model import IMPLIED, OPAQUE, WHITEOUT
 from lazysnap.index.reader import LayerIndex
 from lazysnap.index.tree import Node, Tree
-from tests.erofs.trees import KEYS, check, expected, grow, mounted, names, node
-from tests.support import layers, odd
+from tests.erofs.scene import KEYS, check, expected, grow, mounted, names, node
+from tests.support import layers, odd_images, tar_entries
 from tests.support.indexes import index_of, toc_of
 from tests.support.tree import differences, read_tree, report
 
@@ -62,9 +62,11 @@ def test_every_kind(tmp_path: Path) -> None:
     compare(index, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in odd.ODD if name not in ("many", "bytes-names")])
+@pytest.mark.parametrize(
+    "name", [name for name in odd_images.ODD if name not in ("many", "bytes-names")]
+)
 def test_odd_layers(name: str, tmp_path: Path) -> None:
-    for number, layer in enumerate(odd.ODD[name]):
+    for number, layer in enumerate(odd_images.ODD[name]):
         entries = list(layer())
         if name == "contents":
             entries = [entry for entry in entries if len(entry.data) < 1 << 20]
@@ -75,11 +77,11 @@ def test_odd_layers(name: str, tmp_path: Path) -> None:
         )
 
 
-def _tar(entries: list[odd.Entry]) -> bytes:
+def _tar(entries: list[tar_entries.Entry]) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for entry in entries:
-            odd.add_entry(archive, entry)
+            tar_entries.add_entry(archive, entry)
     return out.getvalue()
 
 

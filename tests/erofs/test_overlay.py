@@ -21,10 +21,10 @@ from lazysnap import mounts
 from lazysnap.erofs.image import build
 from lazysnap.erofs.xattrs import redirect
 from lazysnap.index.model import NO_KEY
-from tests.erofs.trees import mounted
+from tests.erofs.scene import mounted
 from tests.support import layers
 from tests.support.indexes import index_of, read
-from tests.support.layers import Entry, directory, file, hardlink, opaque, symlink, whiteout
+from tests.support.layers import LayerEntry, directory, file, hardlink, opaque, symlink, whiteout
 from tests.support.tree import differences, read_tree, report
 
 pytestmark = pytest.mark.root
@@ -56,7 +56,7 @@ UPPER = [
     opaque("hidden"),
     file("hidden/new", b"low 1"),
     symlink("one", "large"),
-    Entry("null", "char", mode=0o666, device=(1, 3)),
+    LayerEntry("null", "char", mode=0o666, device=(1, 3)),
 ]
 
 
@@ -67,7 +67,7 @@ def without_digests(toc: dict[str, list[dict[str, str]]]) -> None:
             entry.pop("digest", None)
 
 
-def unpack(entries: Sequence[Entry], target: Path) -> None:
+def unpack(entries: Sequence[LayerEntry], target: Path) -> None:
     """Unpack a layer by GNU tar, and make what overlay wants instead of markers."""
     target.mkdir()
     plain = [entry for entry in entries if "/.wh." not in "/" + entry.path]

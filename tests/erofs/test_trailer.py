@@ -13,7 +13,7 @@ from lazysnap.erofs.image import build
 from lazysnap.erofs.trailer import overwrite, read_trailer
 from lazysnap.errors import FormatError, InvalidArgument
 from lazysnap.layers.slots import Inherited
-from tests.erofs.trees import check, expected, mounted, names
+from tests.erofs.scene import check, expected, mounted, names
 from tests.support import layers
 from tests.support.indexes import index_of, resolve
 from tests.support.layers import directory, file, opaque

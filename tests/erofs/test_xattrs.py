@@ -13,7 +13,7 @@ from lazysnap.erofs.image import build
 from lazysnap.erofs.xattrs import redirect
 from lazysnap.errors import FormatError
 from lazysnap.index.model import NO_KEY, FileContent
-from tests.erofs.trees import check, expected, mounted, names, node
+from tests.erofs.scene import check, expected, mounted, names, node
 from tests.support import filesystems
 from tests.support.tree import read_tree
 

@@ -27,7 +27,7 @@ from lazysnap.index.reader import LayerIndex
 from tests.fetch.engine import make_fetcher
 from tests.support.clocks import patient_clock
 from tests.support.indexes import index_of, resolve
-from tests.support.layers import Entry, estargz, file
+from tests.support.layers import LayerEntry, estargz, file
 
 _LATENCY = 0.03
 _PIECE = 128 << 10
@@ -90,7 +90,7 @@ class Layer:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[LayerEntry],
         directory: Path,
         nursery: trio.Nursery,
         *,
@@ -273,7 +273,7 @@ async def test_a_readers_neighbours_do_not_fail_with_it(
     layer.source.blob = bytes(blob)
     results: dict[str, bool] = {}
 
-    async def read(entry: Entry) -> None:
+    async def read(entry: LayerEntry) -> None:
         try:
             results[entry.path] = await layer.read(entry.path, 0, 20_000) == entry.data
         except LazysnapError:

@@ -25,8 +25,8 @@ from lazysnap.index.reader import LayerIndex
 from tests.support import layers
 from tests.support.indexes import index_of, read, resolve, toc_of
 from tests.support.layers import (
-    Entry,
     Layer,
+    LayerEntry,
     directory,
     file,
     hardlink,
@@ -73,8 +73,8 @@ TREE = [
     file("a/empty"),
     hardlink("a/c", "a/b"),
     symlink("a/l", "/elsewhere"),
-    Entry("a/null", "char", device=(1, 3)),
-    Entry("a/pipe", "fifo"),
+    LayerEntry("a/null", "char", device=(1, 3)),
+    LayerEntry("a/pipe", "fifo"),
     file("deep/er/file", b"x" * 3000, mtime_ns=10**18),
     whiteout("a/gone"),
     opaque("deep/er"),
@@ -116,10 +116,10 @@ DIRECTORIES = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 
 
 @st.composite
-def trees(draw: st.DrawFn) -> list[Entry]:
+def trees(draw: st.DrawFn) -> list[LayerEntry]:
     """Random entries that an unpack accepts: no file is a parent, link targets exist."""
     found: dict[str, str] = {}  # path to type
-    entries: list[Entry] = []
+    entries: list[LayerEntry] = []
     for path in draw(st.lists(DIRECTORIES, max_size=12)):
         parents = [path[:i] for i, char in enumerate(path) if char == "/"]
         if any(found.get(parent, "dir") != "dir" for parent in parents):
@@ -147,7 +147,7 @@ def trees(draw: st.DrawFn) -> list[Entry]:
         data = draw(st.binary(max_size=40)) if kind == "reg" else b""
         found[path] = "reg" if kind == "hardlink" else kind
         entries.append(
-            Entry(
+            LayerEntry(
                 path,
                 kind,
                 data * draw(st.integers(1, 100)),
@@ -161,7 +161,7 @@ def trees(draw: st.DrawFn) -> list[Entry]:
 
 @settings(deadline=None, max_examples=100)
 @given(trees(), st.integers(1, 2000), st.integers(0, 3))
-def test_random_trees(entries: list[Entry], size: int, form: int) -> None:
+def test_random_trees(entries: list[LayerEntry], size: int, form: int) -> None:
     if form == 0:
         check(layers.estargz(entries, chunk_size=size))
     elif form == 1:

@@ -14,9 +14,9 @@ from lazysnap.layers.slots import Inherited, SlotRecord
 from lazysnap.layers.view import LayerView
 from tests.support import layers
 from tests.support.indexes import index_of, resolve
-from tests.support.layers import Entry
+from tests.support.layers import LayerEntry
 
-Make = Callable[[Sequence[Entry]], LowerTree]
+Make = Callable[[Sequence[LayerEntry]], LowerTree]
 _S = 10**9
 
 
@@ -24,11 +24,11 @@ _S = 10**9
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Makes a lower layer: mounted lazily, or unpacked by GNU tar as overlay has it."""
 
-    def lazy(entries: Sequence[Entry]) -> LowerTree:
+    def lazy(entries: Sequence[LayerEntry]) -> LowerTree:
         record = SlotRecord(slot=1, shard=0, layer_digest="", index="", reference="", blob_size=0)
         return ViewTree(LayerView(record, index_of(layers.estargz(entries))))
 
-    def unpacked(entries: Sequence[Entry]) -> LowerTree:
+    def unpacked(entries: Sequence[LayerEntry]) -> LowerTree:
         target = tmp_path / f"lower{len(list(tmp_path.iterdir()))}"
         target.mkdir()
         plain = [e for e in entries if "/.wh." not in "/" + e.path]
@@ -88,7 +88,7 @@ def test_attributes_of_the_nearest_layer_that_has_it(make: Make) -> None:
 
 
 @pytest.mark.parametrize("between", [layers.whiteout("a"), layers.file("a", b"f")])
-def test_what_is_no_directory_ends_the_search(make: Make, between: Entry) -> None:
+def test_what_is_no_directory_ends_the_search(make: Make, between: LayerEntry) -> None:
     far = make([layers.directory("a", mode=0o700)])
     assert _inherit("a/file", make([between]), far) == {}
 
@@ -104,7 +104,7 @@ def test_what_is_no_directory_ends_the_search(make: Make, between: Entry) -> Non
         [layers.symlink("a", "x/abs"), layers.symlink("x/abs", "/x/../real")],
     ],
 )
-def test_links_are_followed_within_the_layer(make: Make, link: list[Entry]) -> None:
+def test_links_are_followed_within_the_layer(make: Make, link: list[LayerEntry]) -> None:
     lower = make(
         [
             layers.directory("x"),

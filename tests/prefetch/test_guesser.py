@@ -10,7 +10,7 @@ from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.members import filled, of_file
 from lazysnap.prefetch.guesser import Guesser
 from tests.support.indexes import counting, index_of, resolve
-from tests.support.layers import Entry, directory, estargz, file
+from tests.support.layers import LayerEntry, directory, estargz, file
 
 _PADDING = 100_000
 
@@ -22,7 +22,7 @@ def _data(size: int) -> bytes:
 class Guesses:
     """A guesser of a layer, and what it has guessed."""
 
-    def __init__(self, entries: Sequence[Entry], chunk_size: int = 1 << 20) -> None:
+    def __init__(self, entries: Sequence[LayerEntry], chunk_size: int = 1 << 20) -> None:
         self.index = index_of(estargz(entries, chunk_size=chunk_size))
         self.plans: list[Plan] = []
         self._guesser = Guesser(self.index, self.plans.append)
@@ -46,7 +46,7 @@ class Guesses:
         return sorted(self.index.path(node).decode()[1:] for node in nodes)
 
 
-def _files(*paths: str, size: int = 10, mode: int = 0o644) -> list[Entry]:
+def _files(*paths: str, size: int = 10, mode: int = 0o644) -> list[LayerEntry]:
     """Files, each far from the next one, so that no gap between two is filled."""
     entries = []
     for path in paths:

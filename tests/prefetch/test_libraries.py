@@ -9,7 +9,7 @@ from lazysnap.formats.elf import Span
 from lazysnap.prefetch.libraries import Image, Libraries, may_link
 from tests.support.elf import make_elf
 from tests.support.indexes import index_of, resolve
-from tests.support.layers import Entry, directory, estargz, file, symlink
+from tests.support.layers import LayerEntry, directory, estargz, file, symlink
 
 _MULTIARCH = "usr/lib/x86_64-linux-gnu"
 
@@ -33,7 +33,7 @@ class LocalBytes:
 class Tree:
     """An image, and what is wanted when its files are followed."""
 
-    def __init__(self, *layers: Sequence[Entry]) -> None:
+    def __init__(self, *layers: Sequence[LayerEntry]) -> None:
         """Layers, the uppermost first; their slots are 10, 20 and so on."""
         indexes = [index_of(estargz(entries)) for entries in layers]
         self.image = Image([10 * n for n in range(1, len(layers) + 1)], indexes)

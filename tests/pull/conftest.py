@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
-from lazysnap.containerd.client import Containerd
 from lazysnap.oci import OCI_MANIFEST
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
-from tests.support.containerd import PrivateContainerd, private_containerd
+from tests.support.containerd_fixtures import client, daemon
 from tests.support.images import Layout
 from tests.support.registry import FaultyRegistry, faulty_registry
 
+__all__ = ["AMD64", "client", "daemon", "registry", "serve", "server"]
 AMD64 = Platform("linux", "amd64")
 
 
@@ -26,19 +26,6 @@ def serve(server: FaultyRegistry, layout: Layout, repository: str = "app") -> Re
     manifest = layout.path / "blobs/sha256" / layout.manifest.removeprefix("sha256:")
     server.add_manifest(repository, "latest", OCI_MANIFEST, manifest.read_bytes())
     return Reference.parse(f"{server.host}/{repository}:latest")
-
-
-@pytest.fixture
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    # not tmp_path: the name of a long test makes a path too long for a socket
-    with private_containerd(tmp_path_factory.mktemp("c")) as containerd:
-        yield containerd
-
-
-@pytest.fixture
-async def client(daemon: PrivateContainerd) -> AsyncIterator[Containerd]:
-    async with Containerd(daemon.address) as containerd:
-        yield containerd
 
 
 @pytest.fixture

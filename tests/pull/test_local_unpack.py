@@ -138,7 +138,7 @@ _HIGH = HIGH[:3]
 
 @pytest.mark.parametrize("high", [_HIGH[:1], _HIGH[:2], _HIGH[2:], _HIGH])
 async def test_what_layers_have_to_do_with_those_below(
-    high: list[list[layers.Entry]],
+    high: list[list[layers.LayerEntry]],
     daemon: PrivateContainerd,
     client: Containerd,
     server: FaultyRegistry,

@@ -25,7 +25,7 @@ from lazysnap.shard.mounted_layers import MountedLayers
 from tests.fetch.engine import MemorySource, make_fetcher
 from tests.support.elf import make_elf
 from tests.support.indexes import resolve, toc_of
-from tests.support.layers import Entry, Layer, estargz, file
+from tests.support.layers import Layer, LayerEntry, estargz, file
 
 _LIB = "usr/lib"
 
@@ -69,7 +69,7 @@ class Shards:
         socket = str(self.root / "shards" / f"{number}.sock")
         await self.nursery.start(channel.serve, socket, {"link": linking.link})
 
-    def attach(self, slot: int, shard: int, entries: list[Entry], below: list[int]) -> None:
+    def attach(self, slot: int, shard: int, entries: list[LayerEntry], below: list[int]) -> None:
         layer = estargz(entries, chunk_size=64 << 10)
         name = f"index-{slot}"
         (self.root / "cache" / "index" / name).write_bytes(encode(build(toc_of(layer))))

@@ -17,7 +17,7 @@ import pytest
 
 from tests.shard.scene import Shard, shard
 from tests.support import layers
-from tests.support.layers import Entry
+from tests.support.layers import LayerEntry
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -34,9 +34,9 @@ ENTRIES = [
     layers.file("d/empty"),
     layers.file("d/capable", b"x", mode=0o755, xattrs={"security.capability": _NET_RAW}),
     layers.file("d/marked", b"x", xattrs={"user.mark": b"\0value", "user.empty": b""}),
-    Entry("d/fifo", "fifo", mode=0o600),
-    Entry("d/char", "char", device=(1, 3), mode=0o666),
-    Entry("d/block", "block", device=(7, 300)),
+    LayerEntry("d/fifo", "fifo", mode=0o600),
+    LayerEntry("d/char", "char", device=(1, 3), mode=0o666),
+    LayerEntry("d/block", "block", device=(7, 300)),
     layers.file("big", _BIG),
     layers.directory("many"),
     *(layers.file(f"many/{n:05}", b"x") for n in range(20_000)),

@@ -18,7 +18,7 @@ import pytest
 from fixtures.images import catalogue
 from fixtures.registry import Registry, registry
 from tests.standalone.scene import Scene
-from tests.support import odd, tree
+from tests.support import odd_images, tree
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.slow]
 
@@ -124,7 +124,7 @@ def test_debian(it: Scene, server: _Server, form: str, source: str, states: set[
 @pytest.mark.parametrize("name", _ODD)
 def test_odd_images(it: Scene, server: _Server, name: str, source: str) -> None:
     form = "esgz" if source == "registry" else "zstdchunked"
-    image = odd.built(name, ["plain", form])
+    image = odd_images.built(name, ["plain", form])
     if name == "bytes-names":  # never lazy, and unpacked it has its table of contents as a file
         form = "plain"
     states = _check(it, server, image.repository, form, source)

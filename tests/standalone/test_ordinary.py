@@ -19,7 +19,7 @@ from fixtures.processes import alive
 from fixtures.registry import Registry, registry
 from tests.standalone.ordinary import WAYS, OrdinaryScene, ordinary_scene
 from tests.standalone.scene import SECONDS, layout, scene
-from tests.support import odd, tree
+from tests.support import odd_images, tree
 from tests.support.stack import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
@@ -129,7 +129,7 @@ def test_debian(it: OrdinaryScene, server: Registry, form: str) -> None:
 @pytest.mark.parametrize("form", ["plain", "esgz"])
 @pytest.mark.parametrize("name", ["whiteouts", "parents", "replaced"])
 def test_odd_images(it: OrdinaryScene, server: Registry, name: str, form: str) -> None:
-    image = odd.built(name, ["plain", "esgz"])
+    image = odd_images.built(name, ["plain", "esgz"])
     _compare(it, f"{server.host}/{image.repository}:{form}")
 
 
@@ -137,7 +137,7 @@ def test_what_the_user_may_not_read_goes_with_the_mount(
     by_fuse: OrdinaryScene, server: Registry
 ) -> None:
     it = by_fuse
-    image = odd.built("modes", ["plain"])
+    image = odd_images.built("modes", ["plain"])
     found = it.mount(f"{server.host}/{image.repository}:plain", "--plain-http")
     assert {layer["state"] for layer in found} == {"unpacked"}
     closed = [

@@ -32,7 +32,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18"
 
 
 @dataclass
-class Entry:
+class LayerEntry:
     """One tar entry; `type` is a word of the TOC (dir, reg, symlink, hardlink, char, block, fifo)."""
 
     path: str
@@ -47,31 +47,31 @@ class Entry:
     xattrs: dict[str, bytes] = field(default_factory=dict)
 
 
-def file(path: str, data: bytes = b"", **fields: Any) -> Entry:
-    return Entry(path, "reg", data, **fields)
+def file(path: str, data: bytes = b"", **fields: Any) -> LayerEntry:
+    return LayerEntry(path, "reg", data, **fields)
 
 
-def directory(path: str, **fields: Any) -> Entry:
-    return Entry(path, "dir", **{"mode": 0o755, **fields})
+def directory(path: str, **fields: Any) -> LayerEntry:
+    return LayerEntry(path, "dir", **{"mode": 0o755, **fields})
 
 
-def symlink(path: str, target: str, **fields: Any) -> Entry:
-    return Entry(path, "symlink", link=target, **{"mode": 0o777, **fields})
+def symlink(path: str, target: str, **fields: Any) -> LayerEntry:
+    return LayerEntry(path, "symlink", link=target, **{"mode": 0o777, **fields})
 
 
-def hardlink(path: str, target: str, **fields: Any) -> Entry:
-    return Entry(path, "hardlink", link=target, **fields)
+def hardlink(path: str, target: str, **fields: Any) -> LayerEntry:
+    return LayerEntry(path, "hardlink", link=target, **fields)
 
 
-def whiteout(path: str) -> Entry:
+def whiteout(path: str) -> LayerEntry:
     """The marker that deletes `path` of lower layers."""
     head, slash, base = path.rpartition("/")
-    return Entry(head + slash + ".wh." + base)
+    return LayerEntry(head + slash + ".wh." + base)
 
 
-def opaque(path: str) -> Entry:
+def opaque(path: str) -> LayerEntry:
     """The marker that hides what lower layers have in the directory `path`."""
-    return Entry((path.rstrip("/") + "/" if path else "") + ".wh..wh..opq")
+    return LayerEntry((path.rstrip("/") + "/" if path else "") + ".wh..wh..opq")
 
 
 _TAR_TYPES = {
@@ -86,7 +86,7 @@ _TAR_TYPES = {
 _TOC_TYPES = {v: k for k, v in _TAR_TYPES.items()}
 
 
-def make_tar(entries: Iterable[Entry]) -> bytes:
+def make_tar(entries: Iterable[LayerEntry]) -> bytes:
     """The entries as an uncompressed PAX tar."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -158,7 +158,7 @@ class Layer:
         }
 
 
-def plain(source: Iterable[Entry] | bytes, compression: str = "gzip") -> Layer:
+def plain(source: Iterable[LayerEntry] | bytes, compression: str = "gzip") -> Layer:
     """An ordinary layer without a TOC; compression is gzip, zstd or the empty string."""
     tar = _tar(source)
     packers: dict[str, Callable[[bytes], bytes]] = {"gzip": _gzip, "zstd": _zstd, "": bytes}
@@ -167,7 +167,7 @@ def plain(source: Iterable[Entry] | bytes, compression: str = "gzip") -> Layer:
 
 
 def estargz(
-    source: Iterable[Entry] | bytes,
+    source: Iterable[LayerEntry] | bytes,
     *,
     chunk_size: int = 4 << 20,
     min_chunk_size: int = 0,
@@ -222,7 +222,7 @@ def estargz_footer(toc_offset: int, *, legacy: bool = False) -> bytes:
 
 
 def zstd_chunked(
-    source: Iterable[Entry] | bytes,
+    source: Iterable[LayerEntry] | bytes,
     *,
     dialect: str = "stargz",
     footer: int | None = None,
@@ -300,7 +300,7 @@ def finish_zstd_chunked(
     return layer
 
 
-def _tar(source: Iterable[Entry] | bytes) -> bytes:
+def _tar(source: Iterable[LayerEntry] | bytes) -> bytes:
     return source if isinstance(source, bytes) else make_tar(source)
 
 

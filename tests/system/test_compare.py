@@ -26,7 +26,7 @@ from fixtures.containerd import Containerd
 from fixtures.images import catalogue
 from fixtures.processes import kill_leftovers, unmount_below
 from fixtures.registry import Registry, registry
-from tests.support import compare, odd, tree
+from tests.support import compare, odd_images, tree
 from tests.support.stack import SNAPSHOTTER, Lazysnap
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.containerd, pytest.mark.slow]
@@ -139,20 +139,20 @@ def _check(peers: Peers, name: str, repository: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["esgz", "zstdchunked", "zstdchunked-c"])
-@pytest.mark.parametrize("name", [name for name in odd.ODD if name != "many"])
+@pytest.mark.parametrize("name", [name for name in odd_images.ODD if name != "many"])
 def test_odd_images_look_the_same(peers: Peers, name: str, form: str) -> None:
-    image = odd.built(name, ["plain", form])
+    image = odd_images.built(name, ["plain", form])
     _check(peers, name, image.repository, form)
 
 
 @pytest.mark.parametrize("name", ["whiteouts", "parents", "links", "devices", "names", "trusted"])
 def test_odd_images_look_the_same_from_shards(peers_with_shards_alone: Peers, name: str) -> None:
-    image = odd.built(name, ["plain", "esgz"])
+    image = odd_images.built(name, ["plain", "esgz"])
     _check(peers_with_shards_alone, name, image.repository, "esgz")
 
 
 def test_hundred_thousand_files_look_the_same(peers: Peers) -> None:
-    image = odd.built("many", ["plain", "esgz"])
+    image = odd_images.built("many", ["plain", "esgz"])
     _check(peers, "many", image.repository, "esgz")
 
 

@@ -19,7 +19,7 @@ import pytest
 from fixtures.images import cache, debian, oci
 from fixtures.processes import FixtureError, daemon, kill_leftovers, unmount_below
 from fixtures.proxy import counting_proxy
-from tests.support import odd, tree
+from tests.support import odd_images, tar_entries, tree
 
 
 def _sample(root: Path) -> Path:
@@ -114,13 +114,13 @@ def test_report_counts_and_limits() -> None:
 def test_gnu_tar_extracts_what_the_odd_writer_wrote(tmp_path: Path) -> None:
     """GNU tar is the judge of names, attributes, links and times in our PAX headers."""
     entries = [
-        *odd.ODD["modes"][1](), *odd.ODD["links"][1](), *odd.ODD["names"][1](),
-        *odd.ODD["bytes-names"][1](), *odd.ODD["times"][1](),
+        *odd_images.ODD["modes"][1](), *odd_images.ODD["links"][1](), *odd_images.ODD["names"][1](),
+        *odd_images.ODD["bytes-names"][1](), *odd_images.ODD["times"][1](),
     ]  # fmt: skip
 
     def fill(archive: tarfile.TarFile) -> None:
         for entry in entries:
-            odd.add_entry(archive, entry)
+            tar_entries.add_entry(archive, entry)
 
     layer = oci.write_layer(tmp_path / "oci", fill)
     out = tmp_path / "out"
@@ -153,15 +153,15 @@ def test_gnu_tar_extracts_what_the_odd_writer_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["links", "twice", "dotted"])
 def test_layouts_are_reproducible_and_accepted_by_skopeo(tmp_path: Path, name: str) -> None:
-    first = odd.write_layout(tmp_path / "first", odd.ODD[name])
-    second = odd.write_layout(tmp_path / "second", odd.ODD[name])
+    first = odd_images.write_layout(tmp_path / "first", odd_images.ODD[name])
+    second = odd_images.write_layout(tmp_path / "second", odd_images.ODD[name])
     assert first == second
     told = subprocess.run(
         ["skopeo", "inspect", f"oci:{tmp_path / 'first'}:plain"], capture_output=True, check=True
     ).stdout
     seen = json.loads(told)
     assert seen["Digest"] == first
-    assert len(seen["Layers"]) == len(odd.ODD[name])
+    assert len(seen["Layers"]) == len(odd_images.ODD[name])
 
 
 @pytest.mark.root

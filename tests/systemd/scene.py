@@ -25,7 +25,7 @@ _SPECIAL = [
     layers.directory("special", uid=1000, gid=1001, mode=0o1777),
     layers.file("special/setuid", b"x", uid=1000, mode=0o6755),
     layers.file("special/capable", b"x", xattrs={"security.capability": CAPABILITY}),
-    layers.Entry("special/null", "char", device=(1, 3), mode=0o666),
+    layers.LayerEntry("special/null", "char", device=(1, 3), mode=0o666),
 ]
 # Of each kind: how many files, and how large each is.
 _FILES = {"again": (12, 120_000), "new": (400, 40_000), "asked": (16, 40_000)}
@@ -218,7 +218,7 @@ def push_image(directory: Path, registry: DockerRegistry) -> tuple[str, dict[str
     """Push a lazy image; its reference, and the digest of each file by kind and path."""
     rng = random.Random(11)  # data, not a secret
     files: dict[str, dict[str, str]] = {}
-    entries: dict[str, list[layers.Entry]] = {}
+    entries: dict[str, list[layers.LayerEntry]] = {}
     for kind, (count, size) in _FILES.items():
         files[kind], entries[kind] = {}, []
         for number in range(count):

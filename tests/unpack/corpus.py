@@ -15,7 +15,7 @@ import zstandard
 
 from lazysnap.digest import Digest
 from lazysnap.unpack.applier import Applied, Options, apply
-from tests.support.odd import Entry, add_entry
+from tests.support.tar_entries import Entry, add_entry
 
 
 class Short:

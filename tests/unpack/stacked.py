@@ -10,7 +10,7 @@ LOW = [
     layers.file("a/hidden", b"x"),
     layers.file("gone", b"x"),
 ]
-HIGH: list[list[layers.Entry]] = [
+HIGH: list[list[layers.LayerEntry]] = [
     [layers.whiteout("gone"), layers.file("a/b/new", b"its parents are left out")],
     [layers.opaque(""), layers.file("a/only", b"all else is hidden")],
     [layers.file("late/f", b"x"), layers.directory("late", mode=0o700)],

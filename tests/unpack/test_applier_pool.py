@@ -15,7 +15,7 @@ import trio
 from lazysnap.errors import DigestMismatch, FormatError, Internal, RegistryUnreachable
 from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Job
-from tests.support.odd import file
+from tests.support.tar_entries import file
 from tests.unpack.corpus import compressed, digest, pack
 
 _SECONDS = 120

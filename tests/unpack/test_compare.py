@@ -23,14 +23,14 @@ from lazysnap.errors import FormatError
 from lazysnap.oci import Descriptor
 from lazysnap.unpack.applier import Options, Whiteouts, apply, inherit
 from lazysnap.unpack.tree import NEEDS_LOWER
-from tests.support import images, odd, tree
+from tests.support import images, odd_images, tree
 from tests.support.containerd import PrivateContainerd, private_containerd
 from tests.unpack.corpus import compressed, digest, gnu_tar, pack, unpack
 
 pytestmark = pytest.mark.root
 _GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 _HARDLY = "many"  # 100,000 files: covered by the demo's images
-_ODD = [name for name in odd.ODD if name != _HARDLY]
+_ODD = [name for name in odd_images.ODD if name != _HARDLY]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContaine
 
 
 def _layers(name: str) -> list[bytes]:
-    return [pack(make()) for make in odd.ODD[name]]
+    return [pack(make()) for make in odd_images.ODD[name]]
 
 
 def _differs_rightly(found: tree.Difference, listed: set[bytes], expected: tree.Tree) -> bool:

@@ -54,7 +54,7 @@ class _Held:
         release: to be set when the lowest layer may come.
     """
 
-    def __init__(self, server: FaultyRegistry, entries: list[list[layers.Entry]]) -> None:
+    def __init__(self, server: FaultyRegistry, entries: list[list[layers.LayerEntry]]) -> None:
         self._server = server
         self.layers = [images.gzip_layer(layers.make_tar(each)) for each in entries]
         with tempfile.TemporaryDirectory() as place:

@@ -33,7 +33,7 @@ from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
 from tests.support import tree
 from tests.support.filesystems import make_image, mounted, tmpfs
-from tests.support.odd import file, folder, symlink
+from tests.support.tar_entries import file, folder, symlink
 from tests.unpack.corpus import digest, pack
 
 pytestmark = pytest.mark.root

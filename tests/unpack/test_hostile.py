@@ -29,7 +29,7 @@ from lazysnap.errors import (
 from lazysnap.unpack.applier import Options, Whiteouts, apply
 from lazysnap.unpack.root import empty
 from tests.support.filesystems import tmpfs
-from tests.support.odd import Entry, file, folder, hardlink, opaque, symlink, whiteout
+from tests.support.tar_entries import Entry, file, folder, hardlink, opaque, symlink, whiteout
 from tests.unpack.corpus import END, Short, compressed, digest, pack, pax, raw, unpack
 
 _ESCAPES: dict[str, list[Entry]] = {

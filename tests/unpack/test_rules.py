@@ -14,7 +14,16 @@ import pytest
 from lazysnap.errors import FormatError
 from lazysnap.unpack.applier import Options, Whiteouts
 from lazysnap.unpack.tree import NEEDS_LOWER
-from tests.support.odd import Entry, capability, file, folder, hardlink, opaque, symlink, whiteout
+from tests.support.tar_entries import (
+    Entry,
+    capability,
+    file,
+    folder,
+    hardlink,
+    opaque,
+    symlink,
+    whiteout,
+)
 from tests.unpack.corpus import END, pack, pax, raw, unpack
 
 root = pytest.mark.root
