@@ -21,8 +21,8 @@ from fixtures.processes import kill_leftovers, unmount_below
 from fixtures.proxy import Counter, counting_proxy
 from tests.standalone.scene import layout
 from tests.support import images
+from tests.support.docker_registry import DockerRegistry, docker_registry
 from tests.support.podman import Podman
-from tests.support.registry import DockerRegistry, docker_registry
 from tests.support.stack import ask, wait_until
 
 CONFIG = "[fetch]\nbackground = false\nfind_profiles = false\n"

@@ -13,7 +13,7 @@ import pytest
 from tests.standalone.ordinary import OrdinaryScene, ordinary_scene
 from tests.standalone.scene import SECONDS, layout
 from tests.support import images
-from tests.support.registry import docker_registry
+from tests.support.docker_registry import docker_registry
 from tests.support.stack import ask, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.podman]

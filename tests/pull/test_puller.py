@@ -24,6 +24,7 @@ from lazysnap.reference import Reference
 from lazysnap.registry import Registry
 from tests.pull.conftest import AMD64, serve
 from tests.support.containerd import PrivateContainerd
+from tests.support.docker_registry import DockerRegistry, docker_registry
 from tests.support.images import (
     Layer,
     busybox_layers,
@@ -32,13 +33,7 @@ from tests.support.images import (
     push,
     write_layout,
 )
-from tests.support.registry import (
-    Break,
-    DockerRegistry,
-    FaultyRegistry,
-    Status,
-    docker_registry,
-)
+from tests.support.registry import Break, FaultyRegistry, Status
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 

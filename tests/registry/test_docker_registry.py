@@ -20,7 +20,7 @@ from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry import DockerConfig, Registry
 from tests.registry.conftest import SETTINGS
-from tests.support.registry import docker_registry
+from tests.support.docker_registry import docker_registry
 
 AMD64 = Platform.parse("linux/amd64")
 

@@ -26,7 +26,7 @@ from lazysnap.registry import (
 from lazysnap.registry.push import push_blob, push_manifest
 from lazysnap.registry.referrers import fallback_tag
 from tests.registry.conftest import SETTINGS
-from tests.support.registry import DockerRegistry, docker_registry
+from tests.support.docker_registry import DockerRegistry, docker_registry
 
 TYPE = "application/vnd.example.profile.v1"
 CONTENT = "application/vnd.example.profile.v1+msgpack"

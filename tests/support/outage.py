@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Protocol
 
-from tests.support.registry import DockerRegistry
+from tests.support.docker_registry import DockerRegistry
 
 
 class Scene(Protocol):

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two registries for tests.
-
-`docker_registry(tmp_path)` runs Debian's docker-registry on a free loopback port:
-
-    with docker_registry(tmp_path, htpasswd={"user": "secret"}) as registry:
-        registry.copy(f"oci:{layout}:tag", "repo:tag")     # skopeo
-        Reference.parse(f"{registry.host}/repo:tag")
+"""A registry that misbehaves as it is told. A real one is in `tests.support.docker_registry`.
 
 `FaultyRegistry` is a small HTTP server on trio that serves /v2/ from memory and misbehaves as told:
 
@@ -27,7 +21,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import gzip
 import hashlib
 import io
@@ -35,89 +28,21 @@ import json
 import re
 import socket
 import struct
-import subprocess
 import tarfile
 import urllib.parse
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
 
-from fixtures.processes import daemon
-from fixtures.registry import listening_port
 from lazysnap import oci
 from lazysnap.digest import Digest
 from tests.support.uploads import Answer as UploadAnswer
 from tests.support.uploads import Uploads
 
 _Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
-
-_CONFIG = """\
-version: 0.1
-log: {{level: info, accesslog: {{disabled: true}}}}
-storage:
-  filesystem: {{rootdirectory: {storage}}}
-http:
-  addr: 127.0.0.1:0
-{auth}
-"""
-
-
-@dataclass(frozen=True)
-class DockerRegistry:
-    """A running docker-registry; `user` is one of its users, or None."""
-
-    port: int
-    user: tuple[str, str] | None = None
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def copy(self, source: str, name: str, *options: str) -> None:
-        """Push an image with skopeo.
-
-        Args:
-            source: as skopeo writes it, e.g. `oci:DIR:TAG`.
-            name: repository and tag here.
-            options: more for `skopeo copy`.
-        """
-        command = ["skopeo", "copy", "--quiet", "--insecure-policy", "--dest-tls-verify=false"]
-        command += ["--src-tls-verify=false", *options]
-        if self.user:
-            command += ["--dest-creds", ":".join(self.user)]
-        subprocess.run([*command, source, f"docker://{self.host}/{name}"], check=True)
-
-
-@contextlib.contextmanager
-def docker_registry(
-    directory: Path, *, htpasswd: Mapping[str, str] | None = None
-) -> Iterator[DockerRegistry]:
-    """Run Debian's docker-registry with its data below `directory`."""
-    auth = ""
-    if htpasswd:
-        lines = [_htpasswd(name, password) for name, password in htpasswd.items()]
-        (directory / "htpasswd").write_text("\n".join(lines) + "\n")
-        auth = f"auth: {{htpasswd: {{realm: test, path: {directory}/htpasswd}}}}"
-    config = directory / "registry.yml"
-    config.write_text(_CONFIG.format(storage=directory / "storage", auth=auth))
-    command = ["docker-registry", "serve", str(config)]
-    log = directory / "registry.log"
-    with daemon(command, log, ready=lambda: listening_port(log) > 0):
-        yield DockerRegistry(
-            listening_port(log), next(iter(htpasswd.items())) if htpasswd else None
-        )
-
-
-def _htpasswd(name: str, password: str) -> str:
-    """A line of htpasswd with bcrypt, which libcrypt knows and docker-registry demands."""
-    library = ctypes.CDLL("libcrypt.so.1")
-    library.crypt.restype = ctypes.c_char_p
-    hashed = library.crypt(password.encode(), b"$2y$05$abcdefghijklmnopqrstuu")
-    return f"{name}:{hashed.decode()}"
 
 
 @dataclass

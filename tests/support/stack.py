@@ -30,7 +30,7 @@ import msgpack
 from fixtures.processes import accepts, alive, kill_leftovers, unmount_below
 from tests.support import images, layers
 from tests.support.containerd import PrivateContainerd
-from tests.support.registry import DockerRegistry, docker_registry
+from tests.support.docker_registry import DockerRegistry, docker_registry
 from tests.support.views import make_view
 
 SNAPSHOTTER = "lazysnap"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.processes import unmount_below
-from tests.support.registry import docker_registry
+from tests.support.docker_registry import docker_registry
 from tests.support.stack import wait_until
 from tests.systemd.machine import PROJECT, Machine
 from tests.systemd.scene import CONTAINER, Scene, push_image

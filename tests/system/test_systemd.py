@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.registry import docker_registry
+from tests.support.docker_registry import docker_registry
 from tests.support.stack import wait_until
 from tests.systemd.machine import Machine, machine
 from tests.systemd.scene import CAPABILITY, CONTAINER, Scene, push_image

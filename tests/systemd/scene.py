@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support import images, layers
-from tests.support.registry import DockerRegistry
+from tests.support.docker_registry import DockerRegistry
 from tests.support.stack import wait_until
 from tests.systemd import reader
 from tests.systemd.machine import Machine
