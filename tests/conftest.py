@@ -2,19 +2,25 @@
 """Rules for all tests: what needs root, FUSE or containerd is skipped without them, but not in CI.
 
 With `CI=true` a skip of such a test is a failure, since a machine that lacks what they need proves
-nothing. `--soak` also runs the tests that take minutes.
+nothing. `--soak` also runs the tests that take minutes. A mount or a process that is left over when
+all tests have ended is an error of the last one.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from fixtures.processes import kill_leftovers, leftovers, mounts_below, unmount_below
+
 _NEEDS = ("root", "fuse", "containerd", "podman")
+_END_SECONDS = 30
+"""How long processes that have been told to end may take to."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,3 +66,16 @@ def pytest_runtest_makereport(
             f"a test that needs {', '.join(needs)} was skipped in CI: {report.longrepr}"
         )
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Generator[None, None, None]:
+    yield
+    directory = tmp_path_factory.getbasetemp()
+    end = time.monotonic() + _END_SECONDS
+    while (found := leftovers(directory)) and time.monotonic() < end:
+        time.sleep(0.1)
+    mounted = mounts_below(directory)
+    kill_leftovers(directory)
+    unmount_below(directory)
+    assert (found, mounted) == ({}, []), "tests have left processes or mounts behind"
