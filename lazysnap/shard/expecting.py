@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from lazysnap import log
-from lazysnap.errors import LazysnapError
+from lazysnap.advice import advice
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.layer_sources import Fetching
@@ -65,17 +65,14 @@ class Expecting:
     async def _expect(self, layer: LayerOrigin, it: _Waiting) -> None:
         self._waiting.setdefault(layer.index, []).append(it)
         try:
-            async with self._layers.hold(layer) as reader:
-                await self._fetching.prefetch(layer, reader, it.reads)
-                # Else its plan goes with that slot, which may be removed before there is another.
-                if self._layers.slot_of(layer.index) is None:
-                    with trio.move_on_after(EXPECTED_SECONDS):
-                        await it.shown.wait()
-            self._unused(layer.index, reader)
-        except LazysnapError as error:
-            _log.debug("layer not fetched ahead", layer=layer.layer_digest, error=error)
-        except Exception:  # advice must not end the worker
-            _log.exception("fetching a layer ahead failed", layer=layer.layer_digest)
+            with advice(_log, "fetching a layer ahead failed", layer=layer.layer_digest):
+                async with self._layers.hold(layer) as reader:
+                    await self._fetching.prefetch(layer, reader, it.reads)
+                    # Else its plan goes with that slot, which may be removed before there is another.
+                    if self._layers.slot_of(layer.index) is None:
+                        with trio.move_on_after(EXPECTED_SECONDS):
+                            await it.shown.wait()
+                self._unused(layer.index, reader)
         finally:
             waiting = self._waiting[layer.index]
             waiting.remove(it)

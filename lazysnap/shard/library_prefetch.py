@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import trio
 
 from lazysnap import channel, log
+from lazysnap.advice import advice
 from lazysnap.errors import LazysnapError
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_changed
@@ -80,14 +81,10 @@ class Linking:
         self._followed.pop(index, None)
 
     async def _follow(self, slot: int, node: int) -> None:
-        try:
+        with advice(_log, "following a file failed", slot=slot, node=node):
             libraries = await self._image(slot)
             layer = await self._layers.load(slot)
             await libraries.follow(slot, node, BytesAhead(layer.reader, self._ahead))
-        except LazysnapError as error:
-            _log.debug("file is not followed", slot=slot, node=node, error=error)
-        except Exception:  # a guess must not end the worker
-            _log.exception("following a file failed", slot=slot, node=node)
 
     async def _image(self, slot: int) -> Libraries:
         """The image that a slot belongs to; of several, the one whose uppermost slot is the newest.

@@ -35,6 +35,7 @@ import trio
 
 import lazysnap
 from lazysnap import channel, log, tracing
+from lazysnap.advice import advice
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
 from lazysnap.errors import LazysnapError
@@ -206,12 +207,10 @@ class Worker:
 
     async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any] | None) -> None:
         """Read from the disk, and unless that has begun fetch, what a start needs."""
-        try:
+        with advice(_log, "fetching ahead failed", layer=layer.record.layer_digest):
             await trio.to_thread.run_sync(prepare_tree, self.cache, layer.record)
             if reads is not None:
                 await self.fetching.prefetch(layer.record, layer.reader, reads)
-        except Exception:  # advice must not end the worker
-            _log.exception("fetching ahead failed", layer=layer.record.layer_digest)
 
     def _fetch_all(self, layer: MountedLayer) -> None:
         """Fetch the whole layer when nothing else is to be done, if that is wanted."""
