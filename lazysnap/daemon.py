@@ -145,7 +145,7 @@ async def _unmount(root: str, supervisor: Supervisor) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Refuse a socket that somebody answers at, before anything is started for it."""
+    """Refuse a socket at which another process answers, before anything is started for it."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.settimeout(1)

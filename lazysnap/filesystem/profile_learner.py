@@ -49,10 +49,10 @@ class ProfileLearner:
         self._told: dict[int, float] = {}  # when a shard was told what to fetch for a slot
 
     async def reads(self, record: SlotRecord) -> list[object]:
-        """What the profile of a layer's image says of the layer, to be fetched ahead.
+        """What to fetch ahead of a layer, from the profile of its image.
 
         Args:
-            record: of the layer that is to be mounted.
+            record: of the layer, which will be mounted.
         """
         profile = await self._find(record.manifest)
         if profile is None:
@@ -63,7 +63,7 @@ class ProfileLearner:
         return _reads(profile, record.layer_digest)
 
     async def early_reads(self, manifest: str, layer_digest: str) -> list[object]:
-        """As `reads`, of a layer that has no slot yet; `reads` is called when it has.
+        """The same for a layer that has no slot yet; `reads` is called when it has one.
 
         Args:
             manifest: digest of the image's manifest.
@@ -88,8 +88,8 @@ class ProfileLearner:
     def starts_again(self, chain: Iterable[SlotRecord]) -> None:
         """A container is about to start: end watching an earlier one of the same image.
 
-        From now on the kernel may read by itself what is there, which is of more use to the second
-        container than what more could be learned.
+        From now on the kernel may read by itself what is local. That is of more use to the second
+        container than what else could be learned.
         """
         manifest = _manifest(chain)
         watching = self._watching.get(manifest)
@@ -98,7 +98,7 @@ class ProfileLearner:
             self._watched.add(manifest)
 
     async def started(self, chain: Sequence[SlotRecord]) -> None:
-        """A container starts on these layers, nearest first; returns when it was watched."""
+        """A container starts on these layers, nearest first; returns when watching has ended."""
         manifest = _manifest(chain)
         if not manifest or manifest in self._watching:
             return
@@ -117,8 +117,8 @@ class ProfileLearner:
     async def _apply(self, profile: Profile, chain: Sequence[SlotRecord]) -> None:
         """Fetch what a start needs of layers that came with other images, or were evicted.
 
-        A start that follows the pull has its bytes on the way already. To have the shard look for each of
-        them again would only hold it up, while the container waits.
+        If the start follows the pull, the bytes are on the way already. The shard would only lose time,
+        while the container waits, if it had to look for each of them again.
         """
         now = trio.current_time()
         for record in chain:
@@ -143,7 +143,7 @@ class ProfileLearner:
             await self._watching[manifest].wait()
         layers: dict[str, list[Read]] = {}
         failed: LazysnapError | None = None
-        for shard, slots in by_shard.items():  # all of them, so that none goes on recording
+        for shard, slots in by_shard.items():  # all of them, so that no shard goes on recording
             try:
                 found: Mapping[str, list[object]] = await self._supervisor.call(
                     shard, "recorded", timeout=_CALL_SECONDS, slots=slots, since=since

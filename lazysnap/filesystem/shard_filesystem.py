@@ -155,7 +155,7 @@ class ShardFilesystem:
         )
 
     def placed(self, attached: Attached) -> None:
-        """A layer has its place; see `Filesystem`."""
+        """The directory of a layer has its final name; see `Filesystem`."""
         self._deferred_mounts.placed(attached)
 
     def _merge(self, index_name: str, lowers: Sequence[Lower]) -> _Merged:
@@ -182,12 +182,12 @@ class ShardFilesystem:
         return Root(self._root).cache.index(name)
 
     async def check(self, chain: Sequence[Attached]) -> None:
-        """See that layers can serve reads; see `Filesystem`."""
+        """Make sure that layers can serve reads; see `Filesystem`."""
         await self._deferred_mounts.settled(attached.attachment.slot for attached in chain)
         errors: list[LazysnapError] = []
         health: dict[int, Mapping[str, str]] = {}
 
-        async def one(shard: int) -> None:
+        async def check_one(shard: int) -> None:
             on_shard = [a for a in chain if a.attachment.shard == shard]
             try:
                 health.update(await self._check_shard(shard, on_shard))
@@ -196,7 +196,7 @@ class ShardFilesystem:
 
         async with trio.open_nursery() as nursery:
             for shard in {attached.attachment.shard for attached in chain}:
-                nursery.start_soon(one, shard)
+                nursery.start_soon(check_one, shard)
         if errors:
             raise errors[0]
         self._judge(chain, health)
@@ -234,10 +234,10 @@ class ShardFilesystem:
         return answer
 
     def _judge(self, chain: Sequence[Attached], health: Mapping[int, Mapping[str, str]]) -> None:
-        """Refuse a chain that cannot serve, warn of one that may not serve everything.
+        """Refuse a chain that cannot serve, and warn of one that may not serve everything.
 
-        A layer of which nothing is local is no reason to refuse as long as other layers of the chain
-        are: most starts read nothing at all from most layers.
+        A layer of which nothing is local is no reason to refuse, as long as other layers of the chain can
+        serve: most starts read nothing at all from most layers.
         """
         states = {slot: found["state"] for slot, found in health.items()}
         self._local -= states.keys()
@@ -261,7 +261,7 @@ class ShardFilesystem:
     async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
         """The directories that overlay is to have; see `Filesystem`."""
         lazy = [layer.attachment for layer in layers if layer.attachment is not None]
-        stage = "local" if all(each.slot in self._local for each in lazy) else ""
+        stage = "local" if all(attachment.slot in self._local for attachment in lazy) else ""
         if not stage:
             stage = "watched" if self._learner.watched(map(record_of, lazy)) else ""
         return await trio.to_thread.run_sync(
@@ -271,7 +271,7 @@ class ShardFilesystem:
     def starting(self, chain: Sequence[Attached]) -> None:
         """A container is about to start; see `Filesystem`."""
         try:
-            records = [record_of(each.attachment) for each in chain]
+            records = [record_of(layer.attachment) for layer in chain]
         except LazysnapError as error:
             _log.warning("start not watched", error=error)
             return
@@ -280,16 +280,17 @@ class ShardFilesystem:
 
     async def restore(self, attached: Sequence[Attached]) -> None:
         """Bring back what was mounted before a restart; see `Filesystem`."""
-        for each in attached:
-            self._supervisor.note(each.attachment.shard, each.attachment.layer_digest)
-        known = {each.attachment.slot for each in attached}
+        attachments = [layer.attachment for layer in attached]
+        for attachment in attachments:
+            self._supervisor.note(attachment.shard, attachment.layer_digest)
+        known = {attachment.slot for attachment in attachments}
         stale = [slot for slot in list_slots(self._root) if slot not in known]
         for slot in stale:
             with contextlib.suppress(LazysnapError):
                 remove_slot(self._root, slot)
         await trio.to_thread.run_sync(self._layer_mounts.clean, known)
         await trio.to_thread.run_sync(self._restore_records, attached)
-        shards = {each.attachment.shard for each in attached}
+        shards = {attachment.shard for attachment in attachments}
         await self._supervisor.start(shards)
         failed = await trio.to_thread.run_sync(self._layer_mounts.restore, attached)
         for shard in shards:
@@ -306,10 +307,10 @@ class ShardFilesystem:
             )
 
     def _restore_records(self, attached: Sequence[Attached]) -> None:
-        for each in attached:
-            slot = each.attachment.slot
+        for layer in attached:
+            slot = layer.attachment.slot
             try:
-                record = record_of(each.attachment)
+                record = record_of(layer.attachment)
                 try:
                     if read_slot(self._root, slot) == record:
                         continue
@@ -320,7 +321,7 @@ class ShardFilesystem:
                 _log.error("slot not restored", slot=slot, error=error)
 
     async def _restore_index(self, attached: Attached) -> None:
-        """Make the index of a layer anew if it is damaged or gone."""
+        """Build the index of a layer again if it is damaged or gone."""
         try:
             record = record_of(attached.attachment)
             source = LayerSource(

@@ -148,7 +148,7 @@ async def _serve_layers(
 
     async def find(reference: str, digest: str) -> int:
         slot = await layers.find(reference, digest)
-        # Only when this is answered the path is there that something is mounted on.
+        # In a task, as the path that something is mounted on is only there when this was answered.
         nursery.start_soon(layers.show_trees)
         return slot
 
@@ -187,9 +187,9 @@ async def _collect(layers: LayerStore, waits: trio.MemoryReceiveChannel[None]) -
 
 
 def _make_path(root: str) -> None:
-    """Have a path for clients that is there from now on, also while nothing is mounted.
+    """Make the path for clients, which is there from now on, also while nothing is mounted.
 
-    A client that does not find it refuses all work, and not only that with lazy layers.
+    A client that does not find the path refuses all work, not only work with lazy layers.
     """
     path = Root(root).store
     target = Root(root).store_layers

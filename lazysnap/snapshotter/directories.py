@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directories of snapshots below the root.
 
-`snapshots/<id>/fs` and, for active snapshots, `snapshots/<id>/work`. A directory is built as
-`new-<random>` and gets its number by a rename, so whatever has a number is complete. Whatever the
-database does not know is garbage. All functions block. Knows nothing of the database.
+They are `snapshots/<id>/fs` and, for active snapshots, `snapshots/<id>/work`. A directory is built as
+`new-<random>` and gets its number by a rename, so a directory with a number is complete. A directory that
+the database does not know is garbage. All functions block. Knows nothing of the database.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lazysnap.snapshotter import directory_tree
 
 _NEW = "new-"
 _DISCARDED = "rm-"
-# Only these are ours to delete: an administrator may have put something beside them.
+# Only these may be deleted here: an administrator may have put something beside them.
 _OURS = re.compile(r"[1-9][0-9]*|new-.*|rm-.*", re.ASCII | re.DOTALL)
 
 
@@ -148,7 +148,7 @@ class Directories:
         return aside
 
     def names(self) -> list[str]:
-        """The names of all directories that belong to snapshots, or did.
+        """The names of all directories that belong, or belonged, to snapshots.
 
         Raises:
             Internal: they cannot be listed.

@@ -183,7 +183,7 @@ def _enter(
 
 
 def _open_up(base: int | None, relative: str) -> None:
-    """Let its owner into a directory: images have some that nobody but root may read or write to."""
+    """Give its owner access to a directory: some in images only root may read or write to."""
     fd = os.open(relative, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base)
     try:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that nobody waits for, or not for long: deleting garbage and counting what files take.
+"""Work in the background: deleting garbage and measuring what snapshots take on disk.
 
-What is left undone when the process ends is found again at the next start: garbage is every
-directory that the database does not know, and a snapshot that was not counted has no usage there.
+The next start finds again what is left undone when the process ends. Garbage is every directory that the
+database does not know, and a snapshot that was not measured has no usage there.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ _log = log.get(__name__)
 
 
 class Measurement:
-    """The usage of one snapshot, being counted while it is committed."""
+    """The usage of one snapshot, which is measured while the snapshot is committed."""
 
     def __init__(self) -> None:
-        self._counted = trio.Event()
+        self._measured = trio.Event()
         self._usage: Usage | None = None
         self._taken = False
         self._committed = trio.Event()
         self._scope = trio.CancelScope()
 
     async def take(self, limit: float) -> Usage | None:
-        """The result, to be stored by the caller.
+        """The usage, which the caller stores.
 
         Args:
             limit: how long to wait, in seconds.
 
         Returns:
-            None if it takes longer or fails. Then it is stored later, if at all.
+            None if measuring takes longer or fails. Then the usage is stored later, if at all.
         """
         with trio.move_on_after(limit):
-            await self._counted.wait()
+            await self._measured.wait()
         self._taken = self._usage is not None
         return self._usage
 
     async def run(self, housekeeping: Housekeeping, snapshot_id: int) -> None:
-        """Count, and store what was not taken."""
+        """Measure, and store the usage unless the caller has taken it."""
         with self._scope:
-            self._usage = await housekeeping.count(snapshot_id)
-            self._counted.set()
+            self._usage = await housekeeping.measure(snapshot_id)
+            self._measured.set()
             await self._committed.wait()
             if not self._taken:
                 await housekeeping.store_usage(snapshot_id, self._usage)
 
     def end(self, *, committed: bool) -> None:
-        """Say whether the snapshot is in the database now."""
+        """The commit has ended: store the usage if the snapshot was committed, forget it otherwise."""
         if committed:
             self._committed.set()
         else:
@@ -79,7 +79,7 @@ class Housekeeping:
         self._dirs = directories
         self._store = store
         self._db_thread = db_thread
-        # directories that are being built and have no number yet
+        # Directories that are being built and have no number yet.
         self._building: set[str] = set()
         self._garbage_expected = trio.Event()
         self._collecting = trio.Lock()
@@ -96,13 +96,13 @@ class Housekeeping:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     nursery.start_soon(self._collect_when_expected)
-                    nursery.start_soon(self._count_all, unmeasured)
+                    nursery.start_soon(self._measure_all, unmeasured)
                     task_status.started()
         finally:
             self._stopped.set()
 
     async def aclose(self) -> None:
-        """Stop, within the time that one directory takes."""
+        """Stop; takes as long as deleting or measuring one directory."""
         self._scope.cancel()
         if self._nursery is not None:
             await self._stopped.wait()
@@ -111,9 +111,9 @@ class Housekeeping:
 
     @contextmanager
     def building(self) -> Iterator[str]:
-        """A name for a directory that is to be built in the body.
+        """A name for a directory that the body builds.
 
-        It is garbage afterwards, unless it has been given a number.
+        The directory is garbage afterwards, unless it has got a number.
         """
         name = self._dirs.new_name()
         self._building.add(name)
@@ -143,8 +143,9 @@ class Housekeeping:
                     _log.warning("cannot delete a directory, will try again later", error=error)
 
     def _find_garbage(self) -> list[str]:
-        # In one turn, so that no directory can get its number between the steps. A number can come
-        # again after a transaction that failed, so nothing is deleted while it bears one.
+        # Runs as one function of the database's thread, so that no directory can get its number between
+        # the steps. A number can come again after a transaction that failed, so a directory is never
+        # deleted while it has one.
         return [
             self._dirs.discard(name) if name.isdecimal() else name
             for name in garbage(self._dirs.names(), self._store.ids())
@@ -153,7 +154,7 @@ class Housekeeping:
     async def _collect_when_expected(self) -> None:
         while True:
             await self._garbage_expected.wait()
-            # Here alone: were it made anew by a client's Cleanup, this would wait for the old one.
+            # The event is replaced here alone: if `collect` did it, this task would wait for an old one.
             self._garbage_expected = trio.Event()
             try:
                 await self.collect()
@@ -164,7 +165,7 @@ class Housekeeping:
 
     @contextmanager
     def measuring(self, snapshot_id: int) -> Iterator[Measurement]:
-        """Count what a snapshot takes while the body commits it."""
+        """Measure a snapshot while the body commits it."""
         assert self._nursery is not None, "not running"
         measurement = Measurement()
         self._nursery.start_soon(measurement.run, self, snapshot_id)
@@ -175,8 +176,8 @@ class Housekeeping:
             raise
         measurement.end(committed=True)
 
-    async def count(self, snapshot_id: int) -> Usage | None:
-        """What a snapshot takes, or None if it cannot be counted."""
+    async def measure(self, snapshot_id: int) -> Usage | None:
+        """The usage of a snapshot, or None if it cannot be measured."""
         try:
             return await trio.to_thread.run_sync(
                 directory_tree.measure, self._dirs.fs(snapshot_id), trio.from_thread.check_cancelled
@@ -186,7 +187,7 @@ class Housekeeping:
             return None
 
     async def store_usage(self, snapshot_id: int, usage: Usage | None) -> None:
-        """Store what was counted after the commit."""
+        """Store a usage that was measured after the commit."""
         if usage is None:
             return
         try:
@@ -194,6 +195,6 @@ class Housekeeping:
         except LazysnapError as error:
             _log.warning("cannot store what a snapshot takes", snapshot=snapshot_id, error=error)
 
-    async def _count_all(self, snapshot_ids: Sequence[int]) -> None:
+    async def _measure_all(self, snapshot_ids: Sequence[int]) -> None:
         for snapshot_id in snapshot_ids:
-            await self.store_usage(snapshot_id, await self.count(snapshot_id))
+            await self.store_usage(snapshot_id, await self.measure(snapshot_id))

@@ -21,7 +21,7 @@ from lazysnap.unpack.process import Answer
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A lazy snapshot.
+    """A remote snapshot.
 
     Args:
         snapshot_id: its number.
@@ -57,44 +57,47 @@ class Filesystem(Protocol):
         to `check`.
 
         Args:
-            attached: all lazy snapshots.
+            attached: all remote snapshots.
         """
 
     async def mount(
         self, slot: int, labels: Mapping[str, str], mountpoint: str, lowers: Sequence[Lower]
     ) -> Attachment:
-        """Attach a layer, and make it visible if that can be done at once; else see `placed`.
+        """Attach a layer, and make it visible if that can be done at once; otherwise `placed` does.
 
         Args:
             slot: a number that was never used before.
             labels: of the request; `containerd.io/snapshot.ref` is among them.
             mountpoint: an empty directory. A directory above it is renamed afterwards, which the
                 kernel allows and which the mount follows.
-            lowers: the layers below, nearest first; directories that this layer leaves out look as
-                they do there.
+            lowers: the layers below, nearest first; directories that this layer leaves out get their
+                attributes from there.
 
         Returns:
-            What to remember; `attachment.slot` is `slot`.
+            What the database is to keep; `attachment.slot` is `slot`.
 
         Raises:
-            LazysnapError: this layer cannot be mounted lazily, `reason` says why. Then, and when
-                cancelled, nothing is left mounted or attached.
+            LazysnapError: this layer cannot be mounted lazily, `reason` says why. Nothing is left
+                mounted or attached then, and when the call is cancelled.
         """
 
     def placed(self, attached: Attached) -> None:
-        """A layer that `mount` attached has its place: it is to become visible there, if it is not yet.
+        """The directory of a mounted layer has its final name: begin to make the layer visible there.
 
-        `check` waits for it.
+        Does nothing if the layer is visible. `check` waits until it is.
+
+        Args:
+            attached: the layer, with its mount point under the final name.
         """
 
     async def check(self, chain: Sequence[Attached]) -> None:
-        """See that layers can serve reads, and repair what can be repaired.
+        """Make sure that layers can serve reads; repair what can be repaired.
 
         Args:
-            chain: the lazy snapshots among the ancestors of the one to be used, nearest first.
+            chain: the remote snapshots among the ancestors of the one to be used, nearest first.
 
         Raises:
-            Unavailable: one cannot serve.
+            Unavailable: a layer cannot serve.
         """
 
     async def lowerdirs(self, layers: Sequence[Lower]) -> Sequence[str]:
@@ -111,14 +114,14 @@ class Filesystem(Protocol):
         """
 
     def starting(self, chain: Sequence[Attached]) -> None:
-        """A container is about to start on these layers: learn what it reads, or fetch it ahead.
+        """A container is about to start on these layers: learn what it reads, or fetch that ahead.
 
         Args:
             chain: as for `check`, which has passed.
         """
 
     async def unmount(self, attached: Attached) -> None:
-        """Unmount and forget a layer; must not fail when it is not mounted or attached."""
+        """Unmount and forget a layer; does not fail if the layer is not mounted or attached."""
 
 
 class LayerBlob(NamedTuple):

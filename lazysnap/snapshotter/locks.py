@@ -14,9 +14,9 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class KeyLocks:
-    """Work on one key is done one after the other, work on different keys at once.
+    """Locks by key: work on one key is done one after the other, work on different keys at once.
 
-    There are as many locks as keys in use; a key that nobody holds or waits for costs nothing.
+    There are as many locks as keys in use; a key that no task holds or waits for costs nothing.
     """
 
     def __init__(self) -> None:
@@ -27,10 +27,10 @@ class KeyLocks:
 
     @asynccontextmanager
     async def hold(self, *keys: str) -> AsyncIterator[None]:
-        """Wait until nobody else holds any of these keys, and hold them in the body.
+        """Wait until no other task holds any of these keys, and hold them in the body.
 
-        Two holders of several keys cannot block each other: all take them in one order. So a holder
-        must not ask for more keys of the same set of locks.
+        Two holders of several keys cannot block each other, as all take them in one order. For this a
+        holder must not ask for more keys of the same set of locks.
         """
         async with AsyncExitStack() as stack:
             for key in sorted(set(keys)):
@@ -44,7 +44,7 @@ class KeyLocks:
             async with lock:
                 yield
         finally:
-            # nobody can have got hold of it since: there is no checkpoint between
+            # No other task can have taken it since, as there is no checkpoint between.
             if not lock.locked() and self._locks.get(key) is lock:
                 del self._locks[key]
 

@@ -152,10 +152,10 @@ class RemoteSnapshots:
         return [Lower(self._dirs.fs(n), attachments.get(n)) for n in numbers]
 
     async def check(self, lineage: Lineage) -> None:
-        """See that the lazy layers of a snapshot and its ancestors can serve.
+        """Make sure that the lazy layers of a snapshot and its ancestors can serve.
 
         Raises:
-            Unavailable: one cannot.
+            Unavailable: a layer cannot serve.
         """
         if lineage.attachments:
             await self._check(self._attached(lineage.attachments))
@@ -202,12 +202,12 @@ class RemoteSnapshots:
         if self._filesystem is None:
             return
         try:
-            # also when the caller was cancelled: nobody would come back to it before the next start
+            # Also if the caller was cancelled: otherwise the layer would stay mounted until the next start.
             with trio.CancelScope(shield=True):
                 await self._filesystem.unmount(Attached(number, mountpoint, attachment))
         except LazysnapError as error:
-            # the mount goes when the directory is deleted, the rest at the next start
-            _log.warning("cannot release a lazy layer", slot=attachment.slot, error=error)
+            # The mount is removed with the directory, the rest at the next start.
+            _log.warning("cannot unmount a lazy layer", slot=attachment.slot, error=error)
 
     def _attached(self, attachments: Mapping[int, Attachment]) -> Sequence[Attached]:
         return [Attached(n, self._dirs.fs(n), attachment) for n, attachment in attachments.items()]

@@ -40,7 +40,7 @@ _log = log.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What can be configured.
+    """The configuration of a snapshotter.
 
     Args:
         sync_on_commit: wait at each commit until the file system has written everything.
@@ -145,19 +145,19 @@ class Snapshotter:
         Args:
             key: its key.
             parent: a committed snapshot, or empty.
-            labels: all of its labels. With `containerd.io/snapshot.ref`, a lazy snapshot is tried.
+            labels: all of its labels. With `containerd.io/snapshot.ref`, a remote snapshot is tried.
 
         Returns:
             How to mount it.
 
         Raises:
-            AlreadyExists: the key is taken, or a lazy snapshot is there for the labels now.
+            AlreadyExists: the key is taken, or the snapshot that the labels ask for is there now.
             NotFound: there is no such parent.
             InvalidArgument: the parent is not committed.
             Unavailable: a lazy layer among the ancestors cannot serve.
         """
         async with self._keys.hold(key):
-            # what only we may say
+            # Labels that only lazysnap may set.
             labels = {k: v for k, v in labels.items() if k not in (REASON, REMOTE, EAGER)}
             if SNAPSHOT_REF in labels and (self._remote.enabled or self._direct is not None):
                 result = await self._answer(key, parent, labels)
@@ -253,7 +253,7 @@ class Snapshotter:
         return await self._db_thread.run(self._store.stat, key)
 
     async def answers(self) -> None:
-        """Return when the database has answered something, whatever it is."""
+        """Return when the database has answered any query; for a watchdog."""
         with contextlib.suppress(NotFound):
             await self.stat("")
 
@@ -310,7 +310,7 @@ class Snapshotter:
                 directory_tree.measure, self._dirs.fs(found.id), trio.from_thread.check_cancelled
             )
         except Internal:
-            await self.stat(key)  # it may have been removed meanwhile, which is not our failure
+            await self.stat(key)  # It may have been removed meanwhile, which is no failure.
             raise
 
     async def cleanup(self) -> None:
@@ -379,7 +379,7 @@ class Snapshotter:
             return direct if isinstance(direct, Prepared) else remote
 
     async def _below_new(self, key: str, parent: str) -> Lineage | None:
-        """The parent of a snapshot to be made; raises what making it would raise."""
+        """The parent of a snapshot that will be made; raises what making it would raise."""
 
         def look() -> Lineage | None:
             self._store.check_new(key, parent)

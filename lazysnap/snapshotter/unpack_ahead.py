@@ -208,7 +208,7 @@ class UnpackAhead:
             del self._pulls[key]
 
     async def _keep(self, ahead: _PendingLayer) -> None:
-        """Unpack a layer, and keep it until somebody has taken it."""
+        """Unpack a layer, and keep it until a request has taken it."""
         with ahead.scope:
             try:
                 with self._housekeeping.building() as directory:
@@ -217,7 +217,7 @@ class UnpackAhead:
                         await trio.sleep_forever()
             finally:
                 self._housekeeping.expect_garbage()
-            await trio.sleep_forever()  # with the error, so that it is not tried again
+            await trio.sleep_forever()  # keeps the error, so that the layer is not tried again
 
     async def _unpack(self, ahead: _PendingLayer, directory: str) -> None:
         ahead.begun = True
@@ -228,6 +228,7 @@ class UnpackAhead:
         try:
             ahead.target = await trio.to_thread.run_sync(build)
             ahead.answer = await self._unpacker.unpack(ahead.layer, ahead.target, [], alone=True)
+        # Not `advice`: the request for the layer gets the error.
         except LazysnapError as error:
             _log.debug("a layer is not unpacked ahead", layer=ahead.layer.digest, error=error)
             ahead.error = error

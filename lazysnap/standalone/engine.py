@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A snapshotter for the length of one command, put together for standalone mounts.
 
-Starting it brings a root to what its database says: it starts or mends shards, removes what belongs to no
-snapshot, and lets go of slots that nobody needs.
+Starting it makes a root what its database says: it starts or repairs shards, removes what belongs to no
+snapshot, and frees slots that no snapshot needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHARDS = 1
 
 @dataclass(frozen=True)
 class Engine:
-    """What a command works with.
+    """The parts that a command works with.
 
     Attributes:
         snapshotter: started.
