@@ -28,9 +28,9 @@ import trio
 
 from lazysnap import __version__
 from lazysnap.errors import RegistryError
+from lazysnap.http.pool import PoolTransport, UploadBody
+from lazysnap.http.proxies import Proxies
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
-from lazysnap.registry.pool import PoolTransport, UploadBody
-from lazysnap.registry.proxies import Proxies
 from lazysnap.registry.retry import Fault
 
 _URL_LIMIT = 16 << 10

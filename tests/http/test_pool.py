@@ -14,11 +14,11 @@ import trio
 import trio.testing
 
 from lazysnap.credentials.docker_config import Anonymous
+from lazysnap.http.pool import PoolTransport, UploadBody
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.registry.pool import PoolTransport, UploadBody
+from tests.http.test_connection import Scripted, scripted, sized
 from tests.registry.conftest import SETTINGS
-from tests.registry.test_connection import Scripted, scripted, sized
 from tests.support.registry import faulty_registry
 
 

@@ -16,9 +16,9 @@ import trio
 
 from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.errors import RegistryError
+from lazysnap.http.pool import PoolTransport
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
-from lazysnap.registry.pool import PoolTransport
 from tests.registry.conftest import SETTINGS
 from tests.support.registry import Break, FaultyRegistry, Headers
 

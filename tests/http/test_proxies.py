@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from lazysnap.registry.proxies import Proxies
+from lazysnap.http.proxies import Proxies
 
 _PROXY = "http://proxy.test:3128"
 

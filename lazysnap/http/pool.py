@@ -15,7 +15,7 @@ import httpcore
 import httpx
 import trio
 
-from lazysnap.registry.connection import Connection, Origin
+from lazysnap.http.connection import Connection, Origin
 from lazysnap.registry.hosts import PORTS, RegistrySettings
 
 _WRITE_SIZE = 64 << 10
