@@ -7,8 +7,8 @@ from lazysnap.registry.client import Registry
 from lazysnap.registry.hosts import HostTable, RegistrySettings
 from lazysnap.registry.image import Image
 from lazysnap.registry.referrers import fetch_artifact, find_referrers, push_referrer
+from lazysnap.registry.statistics import Statistics
 from lazysnap.registry.stream import RangeReader
-from lazysnap.registry.transport import Statistics
 
 __all__ = [
     "Chain",

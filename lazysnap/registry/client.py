@@ -28,7 +28,8 @@ from lazysnap.registry.exchange import Call, Exchange
 from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
 from lazysnap.registry.image import Image, Resolved, assemble
 from lazysnap.registry.local import Layout, LocalBlob
-from lazysnap.registry.transport import Answer, Statistics, Transport
+from lazysnap.registry.statistics import Statistics
+from lazysnap.registry.transport import Answer, Transport
 
 _log = log.get(__name__)
 

@@ -32,6 +32,7 @@ from lazysnap.http.pool import PoolTransport, UploadBody
 from lazysnap.http.proxies import Proxies
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
 from lazysnap.registry.retry import Fault
+from lazysnap.registry.statistics import HostStatistics, Statistics
 
 _URL_LIMIT = 16 << 10
 _BROKEN = (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError)
@@ -42,43 +43,6 @@ _HEADERS = {
     b"user-agent": (b"User-Agent", f"lazysnap/{__version__}".encode()),
 }
 """Sent unless others are given."""
-
-
-@dataclass(frozen=True)
-class HostStatistics:
-    """What went to and came from one host since the start.
-
-    Attributes:
-        requests: answered or not.
-        bytes_received: of bodies.
-        retries: requests that repeat a failed one.
-    """
-
-    requests: int = 0
-    bytes_received: int = 0
-    retries: int = 0
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Counters by host, a snapshot."""
-
-    hosts: Mapping[str, HostStatistics]
-
-    @property
-    def requests(self) -> int:
-        """Requests to all hosts."""
-        return sum(h.requests for h in self.hosts.values())
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes of bodies from all hosts."""
-        return sum(h.bytes_received for h in self.hosts.values())
-
-    @property
-    def retries(self) -> int:
-        """Retries at all hosts."""
-        return sum(h.retries for h in self.hosts.values())
 
 
 @dataclass
