@@ -7,3 +7,6 @@
 
 Knows nothing of registries.
 """
+
+PORTS = {"http": 80, "https": 443}
+"""Of URLs that name none, by their scheme."""

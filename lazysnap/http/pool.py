@@ -15,8 +15,8 @@ import httpcore
 import httpx
 import trio
 
+from lazysnap.http import PORTS
 from lazysnap.http.connection import Connection, Origin
-from lazysnap.registry.hosts import PORTS, RegistrySettings
 
 _WRITE_SIZE = 64 << 10
 
@@ -58,18 +58,21 @@ class _Pieces(AsyncIterator[bytes]):
 
 
 class PoolTransport(httpx.AsyncBaseTransport):
-    """Connections of our own, as many as the settings allow; who comes too many waits in line.
+    """Connections of our own, up to a limit; requests beyond it wait in line.
 
     Args:
-        settings: limits on connections.
         context: for https.
+        max_connections: to all servers together.
+        keep_alive_seconds: how long a connection is kept without a request.
     """
 
-    def __init__(self, settings: RegistrySettings, context: ssl.SSLContext) -> None:
-        self._most = settings.max_connections
-        self._keep_alive_seconds = settings.keep_alive_seconds
+    def __init__(
+        self, context: ssl.SSLContext, *, max_connections: int, keep_alive_seconds: float
+    ) -> None:
+        self._most = max_connections
+        self._keep_alive_seconds = keep_alive_seconds
         self._context = context
-        self._turns = trio.Semaphore(settings.max_connections)
+        self._turns = trio.Semaphore(max_connections)
         self._connections: set[Connection] = set()
         self._idle: list[Connection] = []  # the one that was used last at the end
 

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from lazysnap.registry.hosts import PORTS
+from lazysnap.http import PORTS
 
 
 class Proxies:

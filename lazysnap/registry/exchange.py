@@ -18,10 +18,10 @@ from urllib.parse import quote, urljoin, urlsplit
 import msgspec
 
 from lazysnap.errors import LazysnapError, RegistryError, RegistryNotFound, Unauthorized
+from lazysnap.http import PORTS
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import TRANSIENT, Authenticator
 from lazysnap.registry.hosts import (
-    PORTS,
     PULL,
     PUSH,
     Endpoint,
@@ -195,9 +195,8 @@ class Exchange:
         status = answer.status
         if status in call.accept:
             return answer
-        host = urlsplit(answer.url).netloc.rpartition("@")[2]
         said = await _excerpt(answer)
-        text = f"{host} answers {status} for {call.what}{said}"
+        text = f"{answer.url_host} answers {status} for {call.what}{said}"
         if status in TRANSIENT:
             raise Fault(text, parse_retry_after(answer.headers.get("retry-after")))
         if status == 404:

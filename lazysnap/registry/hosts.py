@@ -19,9 +19,6 @@ PULL = "pull"
 RESOLVE = "resolve"
 PUSH = "push"
 
-PORTS = {"http": 80, "https": 443}
-"""Of URLs that name none, by their scheme."""
-
 
 @dataclass(frozen=True)
 class TLSOptions:

@@ -286,7 +286,11 @@ class Transport:
         # Loading the system's certificates takes longer than a request to a near registry.
         context = tls.context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if proxy is None:
-            return PoolTransport(settings, context)
+            return PoolTransport(
+                context,
+                max_connections=settings.max_connections,
+                keep_alive_seconds=settings.keep_alive_seconds,
+            )
         limits = httpx.Limits(
             max_connections=settings.max_connections,
             keepalive_expiry=settings.keep_alive_seconds,

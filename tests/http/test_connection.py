@@ -103,8 +103,12 @@ async def scripted(pieces: Sequence[bytes], *, hang_up: bool = False) -> AsyncIt
         nursery.cancel_scope.cancel()
 
 
-def ours() -> httpx.AsyncBaseTransport:
-    return PoolTransport(SETTINGS, ssl.create_default_context())
+def ours(keep_alive_seconds: float = SETTINGS.keep_alive_seconds) -> httpx.AsyncBaseTransport:
+    return PoolTransport(
+        ssl.create_default_context(),
+        max_connections=SETTINGS.max_connections,
+        keep_alive_seconds=keep_alive_seconds,
+    )
 
 
 async def outcome(transport: httpx.AsyncBaseTransport, url: str, method: str) -> tuple[object, ...]:
@@ -168,8 +172,7 @@ async def test_who_is_held_back_gets_small_pieces() -> None:
 
 
 async def test_idle_connections_expire() -> None:
-    settings = replace(SETTINGS, keep_alive_seconds=0.001)
-    transport = PoolTransport(settings, ssl.create_default_context())
+    transport = ours(keep_alive_seconds=0.001)
     async with scripted([sized(b"abc")]) as server:
         for _ in range(2):
             assert (await outcome(Kept(transport), server.url, "GET"))[-1] == b"abc"

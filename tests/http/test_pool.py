@@ -23,7 +23,11 @@ from tests.support.registry import faulty_registry
 
 
 def new_pool(most: int) -> PoolTransport:
-    return PoolTransport(replace(SETTINGS, max_connections=most), ssl.create_default_context())
+    return PoolTransport(
+        ssl.create_default_context(),
+        max_connections=most,
+        keep_alive_seconds=SETTINGS.keep_alive_seconds,
+    )
 
 
 @pytest.fixture
