@@ -19,6 +19,15 @@ def registry_settings(config: Config) -> RegistrySettings:
     )
 
 
+def cache_limits(config: Config) -> CacheLimits:
+    """How much of the disk the cache may use."""
+    return CacheLimits(
+        size_limit_bytes=config.cache.size_limit_bytes,
+        reserve_bytes=config.cache.reserve_bytes,
+        reserve_percent=config.cache.reserve_percent,
+    )
+
+
 def shard_settings(config: Config, shards: int) -> ShardSettings:
     """What workers are told.
 
@@ -28,11 +37,7 @@ def shard_settings(config: Config, shards: int) -> ShardSettings:
     """
     return ShardSettings(
         registry=registry_settings(config),
-        cache=CacheLimits(
-            size_limit_bytes=config.cache.size_limit_bytes,
-            reserve_bytes=config.cache.reserve_bytes,
-            reserve_percent=config.cache.reserve_percent,
-        ),
+        cache=cache_limits(config),
         log_level=config.log_level,
         log_format=config.log_format,
         decode_threads=config.shards.decode_threads,

@@ -25,51 +25,40 @@ _AGAIN = "remove the images that use it, and pull them again"
 
 
 @contextlib.contextmanager
-def opened(context: Context) -> Iterator[sqlite3.Connection | None]:
+def _opened(context: Context) -> Iterator[SnapshotReader | None]:
     """The database for reading only, or None if there is none."""
-    path = context.paths.database
-    if not os.path.exists(path):
-        yield None
-        return
-    # Not SnapshotStore: that would make and migrate it.
-    address = f"file:{path.replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode=ro"
-    connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=10)
+    reader = SnapshotReader.open_read_only(context.paths.database)
     try:
-        yield connection
+        yield reader
     finally:
-        connection.close()
+        if reader is not None:
+            reader.close()
 
 
 def integrity(context: Context) -> Iterator[Finding]:
-    """SQLite's own checks (https://www.sqlite.org/pragma.html#pragma_integrity_check)."""
+    """SQLite finds no damage."""
     why = "snapshots are lost or cannot be used"
     cure = "stop lazysnap serve, move metadata.db* and snapshots/ away together, and pull again"
     try:
-        with opened(context) as database:
+        with _opened(context) as database:
             if database is None:
                 if os.path.isdir(context.root):
                     yield info(
                         "there is no database yet", "lazysnap serve creates it when it starts"
                     )
                 return
-            rows = database.execute(f"PRAGMA integrity_check({_MOST_ERRORS})").fetchall()
-            rows = [row[0] for row in rows if row[0] != "ok"]
-            if not rows:
-                rows = [
-                    f"row {row[1]} of {row[0]} names one of {row[2]} that is not there"
-                    for row in database.execute("PRAGMA foreign_key_check").fetchmany(_MOST_ERRORS)
-                ]
+            found = database.damage(_MOST_ERRORS)
     except sqlite3.DatabaseError as error:
-        rows = [str(error)]
-    if rows:
-        yield failure(f"metadata.db is damaged: {'; '.join(rows)}", why, cure)
+        found = [str(error)]
+    if found:
+        yield failure(f"metadata.db is damaged: {'; '.join(found)}", why, cure)
 
 
 def _known(context: Context) -> set[int] | None:
     """Numbers of all snapshots; None if they cannot be told, which `integrity` reports."""
     try:
-        with opened(context) as database:
-            return None if database is None else SnapshotReader(database).ids()
+        with _opened(context) as database:
+            return None if database is None else database.ids()
     except (sqlite3.DatabaseError, LazysnapError):
         return None
 
@@ -77,8 +66,8 @@ def _known(context: Context) -> set[int] | None:
 def attached(context: Context) -> Mapping[int, Attachment] | None:
     """All lazy snapshots by number; None if they cannot be told, which `integrity` reports."""
     try:
-        with opened(context) as database:
-            return None if database is None else SnapshotReader(database).attachments()
+        with _opened(context) as database:
+            return None if database is None else database.attachments()
     except (sqlite3.DatabaseError, LazysnapError):
         return None
 

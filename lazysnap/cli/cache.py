@@ -32,6 +32,7 @@ from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
 from lazysnap.paths import INDEX_TAIL, Root
 from lazysnap.quantities import bytes_text
+from lazysnap.settings import cache_limits
 
 _EXIT_REPAIRED = 1
 _EXIT_WRONG = 2
@@ -83,15 +84,10 @@ def _opened(ctx: click.Context) -> Iterator[tuple[Cache, CacheLimits, str]]:
     settings = config_file.load(ctx.obj.get("config"))
     root = os.path.abspath(ctx.obj.get("root") or settings.root)
     path = Root(root).cache.path
-    limits = CacheLimits(
-        size_limit_bytes=settings.cache.size_limit_bytes,
-        reserve_bytes=settings.cache.reserve_bytes,
-        reserve_percent=settings.cache.reserve_percent,
-    )
     try:
         os.listdir(path)  # else it would be made
         cache = Cache(path)
-        yield cache, limits, root
+        yield cache, cache_limits(settings), root
     except OSError as error:
         raise ConfigError(
             f"the cache {path} cannot be used: {error.strerror}",

@@ -15,7 +15,6 @@ import click
 import trio
 
 from lazysnap import config_file, log, paths
-from lazysnap.cache.eviction import CacheLimits
 from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
 from lazysnap.check.running import exit_code, repair, run
@@ -25,6 +24,7 @@ from lazysnap.config import Config
 from lazysnap.errors import ConfigError
 from lazysnap.reference import Reference
 from lazysnap.registry.hosts import RegistrySettings
+from lazysnap.settings import cache_limits
 
 
 @click.command()
@@ -78,11 +78,7 @@ def command(
         containerd=containerd.removeprefix("unix://"),
         containerd_config=containerd_config,
         registry=RegistrySettings(plain_http_hosts=frozenset(settings.registry.plain_http_hosts)),
-        cache=CacheLimits(
-            size_limit_bytes=settings.cache.size_limit_bytes,
-            reserve_bytes=settings.cache.reserve_bytes,
-            reserve_percent=settings.cache.reserve_percent,
-        ),
+        cache=cache_limits(settings),
         lazy=settings.lazy.enabled,
         allow_unverified=settings.lazy.allow_unverified,
         image=None if image is None else Reference.parse(image),

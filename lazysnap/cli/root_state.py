@@ -7,6 +7,7 @@ left out, and why is in `problems`. Changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,17 +101,12 @@ def slot_records(root: str, problems: list[str]) -> dict[int, SlotRecord]:
 def database(root: str, problems: list[str]) -> tuple[list[Snapshot], dict[int, Attachment]]:
     """All snapshots, and what is served for those that are lazy."""
     path = Root(root).database
-    if not os.path.exists(path):
-        return [], {}
-    # Not SnapshotStore: that would make and migrate it.
-    address = f"file:{path.replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode=ro"
     try:
-        connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=10)
-        try:
-            reader = SnapshotReader(connection)
+        reader = SnapshotReader.open_read_only(path)
+        if reader is None:
+            return [], {}
+        with contextlib.closing(reader):
             return list(reader.walk()), reader.attachments()
-        finally:
-            connection.close()
     except (sqlite3.Error, LazysnapError) as error:
         problems.append(f"{path} cannot be read: {error}")
         return [], {}

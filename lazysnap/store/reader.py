@@ -7,6 +7,7 @@ code runs.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lazysnap import filters
 from lazysnap.errors import Internal, NotFound
 from lazysnap.overlay import Kind
 from lazysnap.store.records import Attachment, Lineage, Snapshot, Usage
+from lazysnap.store.schema import connect_read_only
 
 PAGE = 100
 """Snapshots in one page of a listing."""
@@ -44,6 +46,15 @@ class SnapshotReader:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
+
+    @classmethod
+    def open_read_only(cls, path: str) -> SnapshotReader | None:
+        """Open a database without making or migrating it, as `SnapshotStore` would; None if there is none.
+
+        Raises:
+            sqlite3.Error: it cannot be opened.
+        """
+        return cls(connect_read_only(path)) if os.path.exists(path) else None
 
     def close(self) -> None:
         """Close the file. May be called again."""
@@ -109,6 +120,23 @@ class SnapshotReader:
             yield from found
             if after is None:
                 return
+
+    def damage(self, most: int) -> list[str]:
+        """What SQLite's own checks find; nothing if the file is sound.
+
+        See https://www.sqlite.org/pragma.html#pragma_integrity_check.
+
+        Args:
+            most: after so many problems, the rest is not looked at.
+
+        Raises:
+            sqlite3.DatabaseError: the file is no database.
+        """
+        rows = self._db.execute(f"PRAGMA integrity_check({most})").fetchall()
+        return [row[0] for row in rows if row[0] != "ok"] or [
+            f"row {row[1]} of {row[0]} names one of {row[2]} that is not there"
+            for row in self._db.execute("PRAGMA foreign_key_check").fetchmany(most)
+        ]
 
     def ids(self) -> set[int]:
         """The numbers of all snapshots."""

@@ -105,6 +105,24 @@ def connect(path: str) -> sqlite3.Connection:
     return connection
 
 
+def connect_read_only(path: str) -> sqlite3.Connection:
+    """Open a database as it is, for reading only.
+
+    Args:
+        path: of the file, which is there.
+
+    Returns:
+        A connection in autocommit mode.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    # https://www.sqlite.org/uri.html
+    escaped = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    address = f"file:{escaped}?mode=ro"
+    return sqlite3.connect(address, uri=True, isolation_level=None, timeout=_BUSY_SECONDS)
+
+
 def _configure(connection: sqlite3.Connection) -> None:
     # readers of other processes (lazysnap status) do not block the daemon
     connection.execute("PRAGMA journal_mode = WAL")
