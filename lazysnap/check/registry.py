@@ -41,7 +41,8 @@ def _images(context: Context) -> list[tuple[Reference, SlotRecord]]:
 
 
 def _blob(registry: Registry, reference: Reference, record: SlotRecord) -> RemoteBlob:
-    return registry.blob(reference, Digest.parse(record.layer_digest), record.blob_size)
+    digest = Digest.parse(record.layer_digest)
+    return RemoteBlob(registry.exchange, reference, digest, record.blob_size)
 
 
 async def reachable(context: Context) -> list[Finding]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from lazysnap import mounts, oci
-from lazysnap.digest import Digest
 from lazysnap.errors import NotLazy
 from lazysnap.labels import parse_remote_request
 from lazysnap.reference import Reference
@@ -22,7 +21,6 @@ from lazysnap.unpack.applier_pool import Appliers
 from lazysnap.unpack.process import Answer, Job
 
 _KINDS = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
-_MANIFESTS = 64
 
 
 class LayerUnpacker:
@@ -46,7 +44,6 @@ class LayerUnpacker:
         self._registry = registry
         self._appliers = appliers
         self._may_be_lazy = may_be_lazy
-        self._manifests: dict[Digest, oci.Manifest] = {}
         privileged = mounts.overlay_facts().privileged
         self.whiteouts = Whiteouts.TRUSTED if privileged else Whiteouts.USER
 
@@ -60,7 +57,7 @@ class LayerUnpacker:
         if size is None or media_type is None:
             if request.manifest_digest is None:
                 raise NotLazy("the labels name no manifest", reason="no-image-labels")
-            manifest = await self._manifest(reference, request.manifest_digest)
+            manifest = await self._registry.image_manifest(reference, request.manifest_digest)
             blob = manifest.layer(request.layer_digest)
             size, media_type = blob.size, blob.media_type
         if oci.layer_kind(media_type) not in _KINDS:
@@ -73,7 +70,9 @@ class LayerUnpacker:
         if request is None or request.manifest_digest is None:
             return []
         reference = Reference.parse(request.reference)
-        blobs = (await self._manifest(reference, request.manifest_digest)).layers or ()
+        blobs = (
+            await self._registry.image_manifest(reference, request.manifest_digest)
+        ).layers or ()
         numbers = [n for n, blob in enumerate(blobs) if blob.digest == request.layer_digest]
         found = {
             blob.digest: LayerBlob(reference, blob.digest, blob.size)
@@ -83,16 +82,6 @@ class LayerUnpacker:
         }
         found.pop(request.layer_digest, None)
         return list(found.values())
-
-    async def _manifest(self, reference: Reference, digest: Digest) -> oci.Manifest:
-        manifest = self._manifests.get(digest)
-        if manifest is None:
-            _, data = await self._registry.manifest(reference, digest)
-            manifest = oci.parse_manifest(data)
-            if len(self._manifests) >= _MANIFESTS:
-                self._manifests.clear()
-            self._manifests[digest] = manifest
-        return manifest
 
     async def unpack(
         self, layer: LayerBlob, target: str, lowers: Sequence[str], *, alone: bool = False

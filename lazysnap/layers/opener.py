@@ -40,7 +40,6 @@ _TAIL_SHARE = 128
 _TOC_MOST = 64 << 20
 _RECENT_SECONDS = 30.0
 _REMEMBERED = 1024
-_MANIFESTS = 64
 # A table of contents can take 64 MiB here while it is on its way to a builder.
 _AT_ONCE = 16
 _PROMISES = (
@@ -143,7 +142,6 @@ class Opener:
         self._limit = trio.CapacityLimiter(_AT_ONCE)
         self._fetched: dict[str, float] = {}
         self._indexed: dict[str, trio.Event] = {}  # of layers that are being built
-        self._manifests: dict[Digest, oci.Manifest] = {}
 
     def expect(self) -> None:
         """Layers will be opened soon: get ready for them."""
@@ -243,14 +241,7 @@ class Opener:
     async def _described(self, source: LayerSource) -> LayerSource:
         """Complete a source from its manifest."""
         assert source.manifest is not None
-        async with self._alone(source.manifest):
-            manifest = self._manifests.get(source.manifest)
-            if manifest is None:
-                _, data = await self._registry.manifest(source.reference, source.manifest)
-                manifest = oci.parse_manifest(data)
-                if len(self._manifests) >= _MANIFESTS:
-                    self._manifests.clear()
-                self._manifests[source.manifest] = manifest
+        manifest = await self._registry.image_manifest(source.reference, source.manifest)
         layer = manifest.layer(source.digest)
         return replace(
             source,
@@ -264,7 +255,7 @@ class Opener:
         self, source: LayerSource, name: str, indexed: trio.Event, tell: Callable[[int], None]
     ) -> int:
         self.expect()
-        blob = self._registry.source(source.reference, source.digest, source.size)
+        blob = self._registry.blob(source.reference, source.digest, source.size)
         length = _TAIL_UNKNOWN
         if source.size is not None:
             length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)

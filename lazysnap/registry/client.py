@@ -38,6 +38,7 @@ ANY_DOCUMENT = ", ".join(
 )
 """Accept header for whatever is under /manifests/."""
 
+_MANIFESTS = 64
 Stream = AbstractAsyncContextManager[AsyncIterator[bytes]]
 
 
@@ -104,6 +105,8 @@ class Registry:
         self.exchange = Exchange(settings, self._transport, authenticator, self._hosts)
         self._layouts: dict[Reference, Layout] = {}
         self._tag_locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._manifests: dict[Digest, oci.Manifest] = {}  # the one that was fetched last at the end
+        self._manifest_locks: WeakValueDictionary[Digest, trio.Lock] = WeakValueDictionary()
 
     async def __aenter__(self) -> Registry:
         return self
@@ -169,6 +172,29 @@ class Registry:
             digest.verify(data, what)
         return self._describe(answer, data, digest, what), data
 
+    async def image_manifest(self, reference: Reference, digest: Digest) -> oci.Manifest:
+        """The manifest of an image for one platform, which is asked for again and again.
+
+        Each is fetched once, however many ask for it, and those fetched last are remembered.
+
+        Args:
+            reference: any reference of its repository.
+            digest: of the manifest.
+
+        Raises:
+            FormatError: it is malformed, or an index.
+            RegistryError: or one of its kinds.
+        """
+        async with self._manifest_locks.setdefault(digest, trio.Lock()):
+            found = self._manifests.get(digest)
+            if found is None:
+                _, data = await self.manifest(reference, digest)
+                found = oci.parse_manifest(data)
+                if len(self._manifests) >= _MANIFESTS:
+                    del self._manifests[next(iter(self._manifests))]
+                self._manifests[digest] = found
+        return found
+
     async def fetch_image(
         self, reference: Reference, platform: Platform, resolved: Resolved | None = None
     ) -> Image:
@@ -232,26 +258,24 @@ class Registry:
         Returns:
             An async context manager that is its own async iterator of bytes.
         """
-        return self.source(reference, digest, size).whole_stream(start)
+        return self.blob(reference, digest, size).whole_stream(start)
 
-    def source(self, reference: Reference, digest: Digest, size: int | None = None) -> Blob:
+    def blob(self, reference: Reference, digest: Digest, size: int | None = None) -> Blob:
         """A blob to be read in parts, wherever its image is.
+
+        Keep it, as it remembers where it is served from.
 
         Raises:
             InvalidArgument: the image is local, and the settings do not allow that.
         """
         if reference.is_local:
             return LocalBlob(self._layout(reference), digest, size)
-        return self.blob(reference, digest, size)
+        return RemoteBlob(self.exchange, reference, digest, size)
 
     def _layout(self, reference: Reference) -> Layout:
         if not self.exchange.settings.local_layouts:
             raise InvalidArgument(f"{reference} is not in a registry")
         return self._layouts.setdefault(reference, Layout(reference))
-
-    def blob(self, reference: Reference, digest: Digest, size: int | None = None) -> RemoteBlob:
-        """A blob to be read in parts; keep it, as it remembers where it is served from."""
-        return RemoteBlob(self.exchange, reference, digest, size)
 
     def _describe(
         self, answer: Answer, data: bytes, digest: Digest | None, what: str

@@ -92,7 +92,7 @@ class Fetching:
         """
         reference = Reference.parse(origin.reference)
         digest = Digest.parse(origin.layer_digest)
-        blob = self._registry.source(reference, digest, origin.blob_size)
+        blob = self._registry.blob(reference, digest, origin.blob_size)
         counters = Counters()
         requests = Requests(
             index,

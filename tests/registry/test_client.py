@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import trio
 
 from lazysnap import oci
 from lazysnap.credentials.docker_config import Anonymous
@@ -61,6 +62,37 @@ async def test_manifest_by_tag_and_by_digest(
     accepted = server.log[0].headers["accept"].split(", ")
     assert accepted[-1] == "*/*"
     assert {oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST} < set(accepted)
+
+
+async def test_an_images_manifest_is_fetched_once(
+    server: FaultyRegistry, registry: Registry, image: Reference
+) -> None:
+    pushed = server.add_image("team/app", "1", [small_tar(a=b"x")])
+    found = []
+
+    async def ask() -> None:
+        found.append(await registry.image_manifest(image, pushed.digest))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(ask)
+    await ask()
+    assert len(server.log) == 1
+    assert found == [oci.parse_manifest(server.manifests["team/app", pushed.digest][1])] * 4
+
+
+async def test_only_some_manifests_are_remembered(
+    server: FaultyRegistry, registry: Registry, image: Reference
+) -> None:
+    digests = []
+    for number in range(65):
+        digests.append(server.add_image("team/app", "1", [small_tar(a=b"%d" % number)]).digest)
+        await registry.image_manifest(image, digests[-1])
+    asked = len(server.log)
+    await registry.image_manifest(image, digests[1])
+    assert len(server.log) == asked
+    await registry.image_manifest(image, digests[0])
+    assert len(server.log) == asked + 1
 
 
 async def test_manifest_with_other_content_than_its_digest(

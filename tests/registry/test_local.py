@@ -57,7 +57,7 @@ async def test_an_image_is_read_in_place(local: Registry, layout: images.Layout,
         image = await local.fetch_image(reference, _AMD64)
         assert image.descriptor.digest == layout.manifest
         blob = layout.layers[1]
-        source = local.source(reference, Digest.parse(blob.digest))
+        source = local.blob(reference, Digest.parse(blob.digest))
         assert (await source.tail(1000)).data == blob.blob[-1000:]
         assert source.size == len(blob.blob)
         assert await source.read(300_000, 300_001) == blob.blob[300_000:600_001]
@@ -98,11 +98,11 @@ async def test_damage_is_noticed(local: Registry, layout: images.Layout) -> None
     path = layout.path / "blobs/sha256" / blob.digest.removeprefix("sha256:")
     path.write_bytes(blob.blob[:-1])
     with pytest.raises(RegistryError, match="the manifest says"):
-        await local.source(reference, Digest.parse(blob.digest), len(blob.blob)).probe()
+        await local.blob(reference, Digest.parse(blob.digest), len(blob.blob)).probe()
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(RegistryError, match="not a file"):
-        await local.source(reference, Digest.parse(blob.digest)).probe()
+        await local.blob(reference, Digest.parse(blob.digest)).probe()
 
 
 async def test_a_compressed_archive_is_refused(local: Registry, tmp_path: Path) -> None:
