@@ -8,7 +8,7 @@ import json
 import os
 
 import lazysnap
-from lazysnap import log
+from lazysnap import atomic_files, log
 from lazysnap.errors import ConfigError
 from lazysnap.paths import Root
 
@@ -57,8 +57,7 @@ def introduce(root: str, address: str) -> None:
     path = Root(root).daemon_facts
     facts = {"pid": os.getpid(), "version": lazysnap.__version__, "address": address}
     try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(facts, file)
-        os.rename(f"{path}.new", path)
+        # They count only while this process lives.
+        atomic_files.replace(path, json.dumps(facts).encode(), sync=False)
     except OSError as error:
         _log.warning("cannot write who serves the root", path=path, error=error)

@@ -7,13 +7,12 @@ knows as much as the one before. All functions block.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from typing import Protocol, TypeVar
 
 import msgspec
 
+from lazysnap import atomic_files
 from lazysnap.errors import Internal, NotFound
 
 
@@ -45,33 +44,9 @@ def write(directory: str, record: Record) -> None:
     path = _path(directory, record.slot)
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        replace(path, msgspec.msgpack.encode(record))
+        atomic_files.replace(path, msgspec.msgpack.encode(record))
     except OSError as error:
         raise Internal(f"cannot write {path}: {error.strerror}") from error
-
-
-def replace(path: str, data: bytes) -> None:
-    """Write a file so that, whatever happens, it has either all that it had or all that is new.
-
-    Args:
-        path: of the file.
-        data: all that it is to have.
-
-    Raises:
-        OSError: the disk refuses; the file is as it was.
-    """
-    # Several processes, and threads of one, may store the same file at the same time.
-    aside = f"{path}.new-{os.getpid()}-{threading.get_ident()}"
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
 
 
 def read(directory: str, slot: int, kind: type[R], version: int) -> R:

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 import lazysnap
-from lazysnap import channel, log, monitor, watchdog
+from lazysnap import atomic_files, channel, log, monitor, watchdog
 from lazysnap.cache import Cache
 from lazysnap.config import Config
 from lazysnap.errors import Internal, LazysnapError
@@ -198,7 +198,6 @@ def _make_path(root: str) -> None:
     try:
         if os.path.islink(path) and os.readlink(path) == target:
             return
-        os.symlink(target, f"{path}.new")
-        os.rename(f"{path}.new", path)
+        atomic_files.replace_link(path, target)
     except OSError as error:
         raise Internal(f"cannot make {path}: {error.strerror}") from error

@@ -6,10 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 
-from lazysnap import log
+from lazysnap import atomic_files, log
 from lazysnap.digest import Digest
 from lazysnap.errors import FormatError, Internal
-from lazysnap.layers import record_files
 from lazysnap.paths import Root
 from lazysnap.prefetch.profile import MAX_SIZE, Profile, merge, parse, serialize
 
@@ -51,7 +50,7 @@ class ProfileStore:
         known = self.find(profile.manifest)
         joined = profile if known is None else merge(known, profile)
         try:
-            record_files.replace(self._path(profile.manifest), serialize(joined))
+            atomic_files.replace(self._path(profile.manifest), serialize(joined))
         except OSError as error:
             raise Internal(f"cannot store the profile: {error.strerror}") from error
         return joined

@@ -7,6 +7,7 @@ import os
 
 import msgspec
 
+from lazysnap import atomic_files
 from lazysnap.cache.eviction import CacheLimits
 from lazysnap.errors import Internal
 from lazysnap.fetch.scheduler import Limits
@@ -87,9 +88,8 @@ def write_settings(root: str, settings: ShardSettings) -> None:
     path = Root(root).shard_settings
     try:
         os.makedirs(Root(root).shards, mode=0o711, exist_ok=True)
-        with open(f"{path}.new", "wb") as file:
-            file.write(msgspec.msgpack.encode(settings))
-        os.rename(f"{path}.new", path)
+        # The daemon writes them again when it starts.
+        atomic_files.replace(path, msgspec.msgpack.encode(settings), sync=False)
     except OSError as error:
         raise Internal(f"cannot write {path}: {error.strerror}") from error
 
