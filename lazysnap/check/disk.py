@@ -21,7 +21,7 @@ _LEAST_BYTES = 64 << 20
 _INODE_SHARE = 100
 _MEGABYTE = 1_000_000
 _SHOWN = 3
-# `.new-<pid>-...` are profiles in the making, `<n>.sock.<pid>` control sockets.
+# `.new-<pid>-...` are files in the making (`lazysnap.atomic_files`), `<n>.sock.<pid>` control sockets.
 _OF_PROCESS = re.compile(r".+\.new-(\d+)-.+|\d+\.sock\.(\d+)|" + SCRATCH + r"(\d+)-.+", re.ASCII)
 
 
@@ -100,16 +100,14 @@ def judge_space(context: Context, path: str, status: os.statvfs_result) -> Itera
 
 def left(context: Context) -> Iterator[Finding]:
     """Files that were being written when their process ended."""
-    dead = [
-        path
-        for directory in (context.root, context.paths.profiles, context.paths.shards)
-        for path in _of_dead(directory)
-    ]
+    paths = context.paths
+    written = (context.root, paths.profiles, paths.shards, paths.slots, paths.names)
+    dead = [path for directory in written for path in _of_dead(directory)]
     dead += _in_cache(context)
     if dead:
         yield _left(dead, "they take space; the processes that were writing them have ended", False)
-    # Only the daemon writes slots, and a record may be in the making.
-    slots = context.paths.slots
+    # So older releases call them. Only the daemon writes slots, and a record may be in the making.
+    slots = paths.slots
     unfinished = [os.path.join(slots, name) for name in _listed(slots) if name.endswith(".new")]
     if unfinished and running_daemon(context) is None:
         yield _left(unfinished, "they are unfinished records of layers, which nobody reads", True)

@@ -97,7 +97,14 @@ def test_the_reserve(tmp_path: Path) -> None:
 
 async def test_what_dead_processes_left_is_removed(scene: Scene) -> None:
     dead, alive = dead_process(), os.getpid()
-    for name in (f"profiles/{'a' * 64}.json.new-{{}}-1", "shards/3.sock.{}", "check-{}-abc"):
+    names = (
+        f"profiles/{'a' * 64}.json.new-{{}}-1",
+        "shards/3.sock.{}",
+        "slots/7.new-{}-1",
+        "names/7.new-{}-1",
+        "check-{}-abc",
+    )
+    for name in names:
         for pid in (dead, alive):
             path = scene.root / name.format(pid)
             path.parent.mkdir(exist_ok=True)
@@ -106,11 +113,11 @@ async def test_what_dead_processes_left_is_removed(scene: Scene) -> None:
     (scene.root / f"check-{dead}-directory/file").touch()
     (found,) = await _found(scene, "leftovers")
     assert found.level is Level.WARNING
-    assert found.summary.startswith("4 files")
+    assert found.summary.startswith("6 files")
     (after,) = repair(scene.context, [found])
     assert after.fixed
     assert await _found(scene, "leftovers") == []
-    assert len(list(scene.root.rglob(f"*{alive}*"))) == 3
+    assert len(list(scene.root.rglob(f"*{alive}*"))) == 5
 
 
 async def test_records_that_were_not_finished(scene: Scene) -> None:
