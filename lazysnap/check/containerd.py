@@ -19,7 +19,7 @@ _TRANSFER_LABELS = (2, 1)
 _SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _TYPES = ("snapshot", _SNAPSHOTTER)
 _ANNOTATIONS = "enable_remote_snapshot_annotations"
-_SEE = "see `containerd` in lazysnap's README"
+_SEE = "see `containerd` in lazysnap's docs/install.md"
 _NO_LABELS = "lazysnap is not told which image a layer is of, so no layer is lazy (no-image-labels)"
 
 

@@ -87,7 +87,7 @@ def test_wrong_use_says_what_is_right(words: list[str], advice: str) -> None:
 
 
 def test_bash_completes() -> None:
-    """As docs/operating.md says."""
+    """As docs/install.md says."""
     bash = shutil.which("bash")
     assert bash is not None
     script = """
