@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache on disk: verified file contents, named by what they contain."""
+"""The cache on disk: verified file contents, named by what they contain.
+
+All processes of a root share it, and each may be killed at any time. In the order in which to read:
+
+- `object_states`: what a complete content, an *object*, goes through; the table of it.
+- `objects`, `object_files`: what is done to objects, and how that is done on the disk.
+- `stamps`: the time stamps that say when a file was used, and that it was checked.
+- `partial`: files of which some chunks are there.
+- `inventory`: what is in the cache.
+- `eviction`: keeps it within its limits.
+- `watch`: notices that an object is changed or opened by somebody else.
+- `pruning`, `verification`: what `lazysnap cache` removes and checks.
+"""
 
 from __future__ import annotations
 
