@@ -9,9 +9,9 @@ has to go. At most one process of a cache evicts at a time: it holds a lock (flo
 Removing never breaks a reader: those who have a file open go on reading it, and its blocks are free
 when the last of them closes it (see `Contents.sweep`). All methods may be called from any thread.
 
-What the kernel reads by itself has no time of last use but that of its first one. So whenever something
-goes, what would go next is put on probation (see `object_states`): whoever uses it then has to ask, and
-the next time only what nobody asked for goes.
+The kernel reads objects by itself, so of these only the first use is known. Therefore, whenever something
+goes, the objects that would go next are put on probation (see `object_states`): whoever uses one has to
+ask for it, and the next time only those go that nobody has asked for.
 
 Invariant: what goes was used before what stays, to the hour, as far as uses are known.
 """
@@ -68,7 +68,7 @@ class CacheLimits:
     reserve_percent: float = 5.0
 
     def reserve(self, status: os.statvfs_result) -> int:
-        """What must stay free of a file system, in bytes."""
+        """The bytes of a file system that must stay free."""
         size = status.f_blocks * status.f_frsize
         wanted = max(self.reserve_bytes, int(size * self.reserve_percent / 100))
         return min(wanted, size // _RESERVE_SHARE)
@@ -76,7 +76,7 @@ class CacheLimits:
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """What has to go.
+    """How much has to go.
 
     Attributes:
         disk_bytes: at least so many bytes on disk.
@@ -234,7 +234,7 @@ class Evictor:
         return Shortage(disk_bytes, inodes)
 
     def _shortage(self, total: int | None) -> Shortage:
-        """What must go now; with the lock held.
+        """How much must go now; with the lock held.
 
         Args:
             total: what the contents take, if they have just been counted.
@@ -249,7 +249,7 @@ class Evictor:
         return Shortage(max(reserve.disk_bytes, over), reserve.inodes)
 
     def _add_up(self) -> int:
-        """What the contents take, from the file that all processes add to."""
+        """The bytes that the contents take, from the file that all processes add to."""
         with self._lock:
             pending, self._pending = self._pending, 0
         known = self._read_usage()
@@ -311,7 +311,7 @@ class Evictor:
         return evicted
 
     def _oldest(self, shortage: Shortage) -> tuple[int, list[Entry]]:
-        """What all contents take, and the oldest ones that are enough, oldest first."""
+        """The bytes that all contents take, and the oldest contents that are enough, oldest first."""
         # A heap of the oldest so far with the newest of them on top: memory is needed for what goes,
         # not for what stays.
         heap: list[tuple[int, int, Entry]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the cache, by looking at the directories: contents with their sizes and last uses.
+"""Lists what is in the cache by looking at the directories: contents with their sizes and last uses.
 
 Reads no content and checks nothing. Other processes add and remove while it looks, so what it names
 may be gone already.
@@ -22,7 +22,7 @@ _FUTURE_NANOSECONDS = 3600 * 1_000_000_000
 
 
 class Kind(enum.Enum):
-    """What a content is."""
+    """The kinds of contents."""
 
     OBJECT = "object"
     PARTIAL = "partial"

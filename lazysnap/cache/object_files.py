@@ -142,8 +142,8 @@ class ObjectFiles:
         try:
             os.link(source, object_name(key), dst_dir_fd=self.fds[place], follow_symlinks=True)
         except FileExistsError:
-            # What is there may be wrong, which is why its content is being stored now. It is replaced
-            # at once: if it is right, nobody must miss it for a moment.
+            # The file that is there may be wrong, which is why its content is stored now. It is
+            # replaced at once: if it is right, nobody must miss it for a moment.
             temporary = _temporary_name(key)
             aside = self.fds[Place.ASIDE]
             os.link(source, temporary, dst_dir_fd=aside, follow_symlinks=True)

@@ -81,7 +81,7 @@ from lazysnap.cache.object_files import Place
 
 
 class State(enum.Enum):
-    """What an object is to one process, see the table."""
+    """The states of an object in the eyes of one process, see the table."""
 
     ABSENT = enum.auto()
     UNVERIFIED = enum.auto()

@@ -155,7 +155,7 @@ class ObjectStore:
     def generation(self) -> int:
         """A number that changes when something was removed, by whichever process.
 
-        What was found to be complete is to be looked at again when this is another number.
+        Whatever was found to be complete has to be looked at again when the number is another one.
         """
         return self._files.generation()
 

@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from lazysnap.cache.stamps import touch
 
 PRESENT = 1
-"""What a map says of a chunk that is there."""
+"""The byte in a map for a chunk that is there."""
 _MISSING = b"\0"
 _PRESENT = bytes([PRESENT])
 
 
 def read_map(directory: str, key: bytes) -> bytes | None:
-    """What a map says of the chunks, without the file being opened; None if there is no map.
+    """The bytes of a map, without opening the file; None if there is no map.
 
-    A chunk is there if its byte is `PRESENT`; what is behind the end is missing.
+    A chunk is there if its byte is `PRESENT`; chunks behind the end are missing.
 
     Args:
         directory: where partial files are kept.
@@ -155,7 +155,7 @@ class PartialFile:
             return True
         if not self.claimed(number):
             return False
-        # What a failing disk cannot give back is fetched again.
+        # A chunk that a failing disk cannot give back is fetched again.
         with contextlib.suppress(OSError):
             data = os.pread(self.fd, size, offset)
             if len(data) == size and hashlib.sha256(data).digest() == digest:

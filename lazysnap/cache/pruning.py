@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator can have removed from a cache, and what crashes left in it.
+"""Chooses what an operator has removed from a cache, and finds what crashes left in it.
 
 A *leftover* is a file that nobody will use: one that was being written when its process ended, an
-index that belongs to no mounted layer, a partial file that has become an object. What is young is
+index that belongs to no mounted layer, a partial file that has become an object. A young file is
 spared, as it may be in the making.
 """
 

@@ -2,7 +2,7 @@
 """Reads all of the cache and checks it, as no reader does: a seal is not believed here.
 
 Objects are checked by their names, chunks of partial files by the indexes that name them, indexes by
-their checksums. What changes meanwhile is no error: contents appear whole, and go.
+their checksums. A change meanwhile is no error: contents appear whole, and go.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked, and what was found.
+    """The outcome: how much was checked, and what was found.
 
     Attributes:
         objects, partials, indexes: how many were looked at.

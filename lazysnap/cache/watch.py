@@ -70,7 +70,7 @@ class ObjectWatch:
         os.close(self.fd)
 
     def take(self) -> tuple[set[bytes], list[bytes]]:
-        """What has happened since the last call; does not wait.
+        """Take the events since the last call; does not wait.
 
         `fd` is readable when there is something.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a blob is read from, and what is counted of that: the seam between fetching and the registry.
+"""The source that a blob is read from, and its counters: the seam between fetching and the registry.
 
 Knows nothing of members or of the cache.
 """
@@ -32,7 +32,7 @@ class LocalBytes(bytes):
 
 @dataclass(slots=True)
 class Counters:
-    """What was fetched for a layer; sizes in bytes."""
+    """Counts what was fetched for a layer; sizes in bytes."""
 
     requests: int = 0
     bytes_fetched: int = 0

@@ -15,7 +15,7 @@ from lazysnap.index.reader import LayerIndex
 
 @dataclass(frozen=True, slots=True)
 class LocalShare:
-    """What the cache has of a layer.
+    """The share of a layer that is in the cache.
 
     Attributes:
         files: complete files.

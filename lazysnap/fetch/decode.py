@@ -22,7 +22,7 @@ Store = Callable[[int, Chunk, memoryview], bool]
 
 @dataclass(slots=True)
 class Decoded:
-    """What became of a batch of members.
+    """The outcome of a batch of members.
 
     Attributes:
         unstored: chunk number to bytes, for what the cache could not take.

@@ -130,8 +130,8 @@ class Fetcher:
     async def fetch_ahead(self, plan: Plan, ticket: Ticket) -> None:
         """Fetch the next members of a plan before anybody asks, in one request.
 
-        What is there or on its way is skipped; only so much is skipped at a time that readers do not
-        have to wait for it. Members whose bytes are wrong are skipped, too.
+        Members that are there or on their way are skipped, but only so many at a time that readers do
+        not have to wait for that. Members whose bytes are wrong are skipped, too.
 
         Args:
             plan: what is wanted; its position moves on, and back again if fetching fails.

@@ -23,7 +23,7 @@ from lazysnap.index.reader import LayerIndex
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 
-# What was just stored can be evicted, or dropped by another process, before it is read.
+# A chunk that was just stored can be evicted, or dropped by another process, before it is read.
 _ATTEMPTS = 4
 # The kernel asks for so much at once only if a file is read in sequence.
 _LARGE_READ = 512 << 10
@@ -110,8 +110,8 @@ class LayerReader:
                 if data is not None:
                     return data
                 if not kept:
-                    # What was fetched is read from the cache now. If it was evicted meanwhile, as
-                    # the disk is full, the next attempt gets what it has to fetch again from memory.
+                    # The chunks were fetched, and are read from the cache now. If they were evicted
+                    # meanwhile, as the disk is full, the next attempt takes them from memory.
                     kept = self._members(node, offset, size)
                     self.fetcher.requests.kept.update(kept)
         finally:
@@ -197,7 +197,7 @@ class LayerReader:
         for i in chunks:
             chunk = self.index.chunk(i)
             number = i - file.first_chunk
-            # What an unverified layer left in the cache cannot be checked, so it is fetched again.
+            # Chunks of an unverified layer in the cache cannot be checked, so they are fetched again.
             if chunk.digest is None or not parts.file.recall(
                 number, chunk.file_offset, chunk.size, chunk.digest
             ):

@@ -81,10 +81,10 @@ class Contents:
     Args:
         cache: where the contents are.
         limit: how many may be open; by default as many as leave enough descriptors for the rest.
-        evictor: makes room when the disk is full; None if nothing shall.
+        evictor: frees space when the disk is full; None: nothing is evicted.
 
     Attributes:
-        buffer: for one who reads and hands on what it read at once.
+        buffer: for a caller that reads and hands on the bytes at once, without an await in between.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Contents:
         """The open content of a file, opening it if the cache has it.
 
         Returns:
-            None if nothing of it is known to be right; then see `verify` and `create`.
+            None if nothing of it is known to be right; then `verify` or `create` may help.
         """
         for key in (content.object_key, content.partial_key):
             found = None if key is None else self._open.get(key)
@@ -140,7 +140,7 @@ class Contents:
 
     def hold(self, content: Content) -> None:
         """Keep a content open while a thread uses it, or while other tasks may run in between."""
-        # What was closed must not come back: its descriptor may be another file's by now.
+        # A closed content must not come back: its descriptor may be another file's by now.
         assert content.users or not content.evicted
         content.users += 1
 

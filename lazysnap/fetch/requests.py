@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brings runs of members of one layer into the cache: one request each, decoded beside receiving.
 
-There is at most one *flight* for a member at a time, whoever waits for it. What is wrong is asked for
+There is at most one *flight* for a member at a time, whoever waits for it. Wrong bytes are asked for
 once more. Does not choose what is fetched, and when.
 
 Invariant: all state is touched on the event loop only and never left half done across an await; every
@@ -291,7 +291,7 @@ class Requests:
                     self._contents.release(held)
 
     def _limits(self, ticket: Ticket) -> Sequence[trio.CapacityLimiter]:
-        """What bounds the threads that decode for a request."""
+        """The bounds of the threads that decode for a request."""
         if ticket.priority == Priority.DEMAND:
             return (self._decoders,)
         return (self._scheduler.leisure, self._decoders)
@@ -299,7 +299,7 @@ class Requests:
     def _store(
         self, parts: Mapping[int, Parts | None], i: int, chunk: Chunk, data: memoryview
     ) -> bool:
-        """In a thread: store a chunk; False also for one that shall be handed to who waits."""
+        """In a thread: store a chunk; False also for one that is handed to whoever waits."""
         stored = store_chunk(self._contents, self.index, parts, i, chunk, data)
         return stored and chunk.member not in self.kept
 

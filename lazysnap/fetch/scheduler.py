@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One order for all fetching of a process: what a reader waits for, then prefetch, then background.
 
-Each request holds a *ticket*. Tickets are given out by priority, a bounded number for each host; what
-is less urgent gets fewer of them, so that a reader finds a free one. While bytes for a reader arrive,
+Each request holds a *ticket*. Tickets are given out by priority, a bounded number for each host; less
+urgent requests get fewer of them, so that a reader finds a free one. While bytes for a reader arrive,
 less urgent streams of the same host hold still, apart from a small share that keeps them from starving.
-A ticket can become more urgent when a reader comes to wait for it. What was measured of a host (round
-trip time, bandwidth) says how large requests should be. Knows nothing of layers or HTTP.
+A ticket can become more urgent when a reader comes to wait for it. The measures of a host (round trip
+time, bandwidth) say how large requests should be. Knows nothing of layers or HTTP.
 
 Invariant: a ticket is granted by whoever makes it possible, in a plain function on the event loop, so
 none is ever free while somebody who may have it waits.
@@ -27,7 +27,7 @@ import trio
 _SHARE = 0.1
 _HOLD_LEAST_SECONDS = 0.1
 _HOLD_MOST_SECONDS = 2.0
-# Who is not urgent gives way to others for at most so long.
+# A stream that is not urgent gives way to others for at most so long.
 _STARVED_SECONDS = 1.0
 _BURST_SECONDS = 0.1
 _SAMPLE_BYTES = 256 << 10
@@ -44,7 +44,7 @@ class Priority(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name for people."""
         return self.name.lower()
 
 
@@ -79,8 +79,8 @@ class _Bucket:
     async def take(self, count: int, *, urgent: bool) -> None:
         """Account for `count` bytes, and wait as long as they should have taken.
 
-        What is not urgent first waits until nobody else does, so that what is urgent never waits for
-        more than one piece of it.
+        A stream that is not urgent first waits until no other one does, so that urgent ones never wait
+        for more than one piece of it.
         """
         if self.rate <= 0:
             return
@@ -96,7 +96,7 @@ class _Bucket:
 
 @dataclass(slots=True, eq=False)
 class Host:
-    """What is known of one host.
+    """All that is known of one host.
 
     Attributes:
         round_trip: seconds from a request to its first byte; the least seen lately.
@@ -244,7 +244,7 @@ class Scheduler:
             self.grant(host)
 
     def host(self, name: str) -> Host:
-        """What is known of a host."""
+        """All that is known of a host."""
         found = self._hosts.get(name)
         if found is None:
             bucket = _Bucket(self.limits.host_bytes_per_second)

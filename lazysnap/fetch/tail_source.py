@@ -3,8 +3,8 @@
 
 Knows nothing of members: any range that ends within the seed (see `seed`) takes from it what it can.
 
-Invariant: a byte comes from the seed at most once in a process. Who asks for it again found it wrong,
-and the network may have a better one; or the cache has lost it, which can happen to any byte.
+Invariant: a byte comes from the seed at most once in a process. Whoever asks for it again found it
+wrong, and the network may have a better one; or the cache has lost it, which can happen to any byte.
 """
 
 from __future__ import annotations

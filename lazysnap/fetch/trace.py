@@ -73,7 +73,7 @@ class Waited(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Told(msgspec.Struct, kw_only=True, frozen=True):
-    """What a worker tells of one slot; times by time.monotonic().
+    """The answer of a worker for one slot; times by time.monotonic().
 
     Attributes:
         slot: number.
@@ -167,7 +167,7 @@ class Trace:
                 _ring.note(self._number, Waited(began, seconds, node, offset, size, ahead))
 
     def events(self, since: float) -> tuple[list[Fetched], list[Waited]]:
-        """What was noted of this layer.
+        """The events of this layer.
 
         Args:
             since: leave out what began before.
@@ -183,7 +183,7 @@ def forgotten() -> int:
 
 
 def told(answer: Any) -> list[Told]:
-    """What a worker's call `trace` has answered.
+    """The answer of a worker's call `trace`.
 
     Raises:
         msgspec.ValidationError: it is of another release.
@@ -192,7 +192,7 @@ def told(answer: Any) -> list[Told]:
 
 
 def label(priority: int) -> str:
-    """What people call a class of requests; those of later releases by their number."""
+    """The name of a class of requests for people; classes of later releases by their number."""
     try:
         return Priority(priority).label
     except ValueError:

@@ -58,7 +58,7 @@ def write_seed(path: str, start: int, data: bytes | memoryview) -> None:
             file.write(data)
         os.rename(aside, path)
     except OSError:
-        # A full disk is told of by those who cannot go on without it.
+        # Others, who cannot go on, report that the disk is full.
         with contextlib.suppress(OSError):
             os.unlink(aside)
 

@@ -40,7 +40,7 @@ MEMORY_LIMIT = 6 << 30
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """What is to be built.
+    """An order to build an index.
 
     Attributes:
         path: where the index goes.
@@ -65,7 +65,7 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """What became of a job: `error` or the rest.
+    """The outcome of a job: `error` or the rest.
 
     Attributes:
         error: class, message, hint and reason of the error.
@@ -91,7 +91,7 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
     layer = build(table)
     data = encode(layer)
     aside = f"{job.path}.new-{os.getpid()}"
-    # Before the index: who finds that does not build it again, and would never have a seed.
+    # Before the index: whoever finds an index does not build it again, and would never have a tail.
     if job.seed:
         members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
         write_seed(job.seed, tail_start, members)
@@ -110,7 +110,7 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
 
 
 def _store_tree(job: Job, index: LayerIndex) -> None:
-    """Make the image of the tree while everything is at hand; who needs it can make it as well."""
+    """Make the image of the tree while everything is at hand; if that fails, its user makes it."""
     with contextlib.suppress(LazysnapError, MemoryError):
         write_tree(job.tree, build_image(index))
 

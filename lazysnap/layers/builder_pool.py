@@ -178,7 +178,7 @@ class Builders:
         while len(self._idle) + self._running < min(self._limit, wanted):
             try:
                 process = await self._start()
-            except Internal as error:  # who needs it will say so
+            except Internal as error:  # reported when one is needed
                 _log.debug("no builder started ahead", error=error)
                 return
             self._idle.append(_Idle(process, trio.current_time(), used=False))

@@ -116,7 +116,7 @@ class DirectoryTree:
 
 
 def inherit(index: LayerIndex, lowers: Sequence[LowerTree]) -> list[Inherited]:
-    """What the left-out directories of a layer take over.
+    """The attributes that the left-out directories of a layer take over.
 
     Args:
         index: of the layer.

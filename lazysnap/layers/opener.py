@@ -35,7 +35,8 @@ _TAIL_LEAST = 128 << 10
 _TAIL_MOST = 2 << 20
 _TAIL_UNKNOWN = 256 << 10
 # A table of contents has some 50 bytes for each file, so this is enough for files of 6 KiB each,
-# compressed. What is missing takes another round trip; what is too much holds up the other layers.
+# compressed. A tail that is too short costs another round trip; one that is too long delays
+# the other layers.
 _TAIL_SHARE = 128
 _TOC_MOST = 64 << 20
 _RECENT_SECONDS = 30.0
@@ -305,10 +306,11 @@ def may_be_lazy(annotations: Mapping[str, str], *, allow_unverified: bool) -> bo
 
 
 def _promised(annotations: Mapping[str, str]) -> str:
-    """What the annotations promise for the table of contents, as one text.
+    """The promises that the annotations make for the table of contents, as one text.
 
-    Its digest alone, which is always checked, if there is one, as some clients hand on only that and
-    all shall find the same index. Else all digests of its frame: only one of them is checked.
+    That is its digest alone if there is one: it is always checked, and some clients hand on nothing
+    else, though all must find the same index. Otherwise it is all digests of its frame, of which only
+    one is checked.
     """
     if annotations.get(oci.TOC_DIGEST):
         return annotations[oci.TOC_DIGEST]

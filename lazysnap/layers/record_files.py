@@ -17,7 +17,7 @@ from lazysnap.errors import Internal, NotFound
 
 
 class Record(Protocol):
-    """What can be kept: a struct of msgspec with these."""
+    """A record that can be kept: a struct of msgspec with these."""
 
     @property
     def version(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory of a shard serves: one small file for each slot, `slots/<slot>`.
+"""Says what a directory of a shard serves: one small file for each slot, `slots/<slot>`.
 
 The daemon writes it before anyone can look the directory up; a worker reads it whenever it needs it,
 so that a worker that was just started knows as much as the one before. Slot numbers are never used
@@ -46,7 +46,7 @@ class Inherited(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
-    """What a slot serves.
+    """The layer that a slot serves.
 
     Attributes, beside those of `LayerOrigin`:
         slot: its number, from 1.

@@ -52,5 +52,5 @@ def read_tree(path: str) -> bytes | None:
 
 
 def _end(image: bytes | bytearray | memoryview) -> bytes:
-    """What stands behind an image."""
+    """The bytes that stand behind an image."""
     return _END.pack(isal_zlib.crc32(image), len(image) & 0xFFFFFFFF)

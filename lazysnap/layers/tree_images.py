@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of layers' trees in `cache/trees`: made once, checked before each use.
 
-A layer of which nothing is left out has one image, whose name is that of its index. What it shows of
-directories that it leaves out depends on the layers below; each such place has an image of its own, a
+A layer of which nothing is left out has one image, whose name is that of its index. The attributes
+of directories that it leaves out depend on the layers below; each such place has an image of its own, a
 copy of the first with other attributes. An image is not synced when it is written: it ends with a
 checksum, and what is torn by a power cut is made again. Does not mount anything. All functions block.
 """

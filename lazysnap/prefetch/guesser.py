@@ -192,5 +192,5 @@ def is_library(name: bytes) -> bool:
 
 
 def _kind(name: bytes) -> bytes:
-    """What files with such names have in common."""
+    """The kind of files that have such a name."""
     return b".so.*" if is_library(name) else os.path.splitext(name)[1]

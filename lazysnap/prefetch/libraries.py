@@ -4,7 +4,7 @@
 The linker opens one library after the other, and waits for a round trip at each. But a file's dynamic
 section names them, so as soon as a program or a library is read, all that it needs can be fetched at once,
 and what that needs, and so on. Where a library lies is looked up in the trees of the image's layers as
-ld.so(8) would find it, but for its cache and its configuration. What is found wrongly costs some bytes.
+ld.so(8) would find it, but for its cache and its configuration. A wrong find costs some bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lazysnap.prefetch.queue import Ahead
 _WHOLE = 16 << 20
 _DIRECTORIES = (b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib")
 _PATH_MOST = 4096
-# What a file may have us search, whoever made it: directories of its own, and paths that are tried.
+# A file, whoever made it, can have us search so much: directories of its own, and paths that are tried.
 _OWN_MOST = 64
 _TRIED_MOST = 2048
 _LINKER_CACHE = b"/etc/ld.so.cache"

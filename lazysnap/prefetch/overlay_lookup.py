@@ -54,7 +54,7 @@ def names(layers: Sequence[LayerIndex], path: bytes) -> set[bytes]:
 
 
 def _walk(layers: Sequence[LayerIndex], path: bytes) -> tuple[_Merged, bytes]:
-    """What a path leads to, and its path without links."""
+    """The file or directory that a path leads to, and its path without links."""
 
     def step(place: tuple[bytes, _Merged], name: bytes) -> tuple[bytes, _Merged] | Link | None:
         merged = _step(layers, place[1], name)
@@ -74,7 +74,7 @@ def _walk(layers: Sequence[LayerIndex], path: bytes) -> tuple[_Merged, bytes]:
 
 
 def _step(layers: Sequence[LayerIndex], directory: _Merged, name: bytes) -> _Merged:
-    """What is called so in a merged directory."""
+    """The file or directory of a name in a merged directory."""
     found: _Merged = []
     for layer, node in directory:
         child = layers[layer].lookup(node, name)

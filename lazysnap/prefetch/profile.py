@@ -51,7 +51,7 @@ class Read(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Profile(msgspec.Struct, kw_only=True, frozen=True):
-    """What an image read while it started.
+    """The reads of an image while it started.
 
     Attributes:
         manifest: digest of the platform's manifest.

@@ -4,7 +4,7 @@
 Works through *plans*, of all layers of a process. Those of one host and priority share a *lane*, so
 that neither a host that does not answer nor background work keeps others waiting. In a lane a few
 requests are made at a time: always of the plan whose next member will be needed first, which is decided
-when it is a request's turn. What fails is tried again later, with growing pauses, for ever: after an
+when it is a request's turn. A plan that fails is tried again later, with growing pauses, for ever: after an
 outage of the registry the work goes on. Nothing is remembered over a restart, as a plan skips what is
 in the cache.
 """

@@ -15,12 +15,12 @@ from lazysnap.prefetch.profile import Read, coalesce
 
 # A start that reads more often than this is not helped by a profile.
 _MOST = 50_000
-# What reads more than this is not waited for, nor what reads nothing for so long.
+# A start that reads more than this is not waited for, nor one that reads nothing for so long.
 _OVER_SECONDS = 5.0
 _STARTS_AT_MOST = 5_000
 EXPIRES_SECONDS = 3600.0
-"""Who has not come for a session by then never will."""
-# Who reads so many files of so many that lie together does not start, but walks through the layer. Not
+"""A session that nobody has ended by then is given up."""
+# Reading so many files of so many that lie together is no start, but a walk through the layer. Not
 # fewer: `import pandas` reads all 600 time zones.
 _WALK_READS = 1024
 _WALK_SPAN = 1600
@@ -78,7 +78,7 @@ class Recorder:
         return [note for note in self._notes if note[3] >= since]
 
     def give_up(self, sessions: set[float]) -> None:
-        """What is read from now on is no start of these sessions, which go on until they are ended."""
+        """Take later reads for no start of these sessions, which go on until they are ended."""
         self._over |= sessions & self.sessions
 
     @property
@@ -121,7 +121,7 @@ class Recorder:
 
 
 def reads(index: LayerIndex, notes: list[tuple[int, int, int, float]], since: float) -> list[Read]:
-    """What was noted, joined, in the order of time; to be called in a thread.
+    """The notes, joined, in the order of time; to be called in a thread.
 
     Args:
         index: of the layer.

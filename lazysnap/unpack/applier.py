@@ -36,11 +36,11 @@ _IMPOSSIBLE = (
     errno.EMLINK,
     errno.EFBIG,
 )
-"""What a tar asks for and no file system does."""
+"""Errors where a tar asks for something that no file system grants."""
 
 
 class Whiteouts(enum.StrEnum):
-    """What becomes of whiteouts."""
+    """The form that whiteouts get on disk."""
 
     TRUSTED = "trusted"
     """Character devices 0:0 and `trusted.overlay.opaque`: the target is an upper directory."""
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was applied.
+    """The outcome of applying a layer.
 
     Attributes:
         diff_id: of the tar.
@@ -243,7 +243,7 @@ def _open(lower: str) -> int:
 
 
 def _empty(top: int) -> None:
-    """Leave nothing in the target. What cannot be deleted must not hide the first error."""
+    """Leave nothing in the target. An entry that cannot be deleted must not hide the first error."""
     with contextlib.suppress(OSError):
         empty(top)
     for name in ("trusted.overlay.opaque", "user.overlay.opaque"):

@@ -2,8 +2,8 @@
 """Owner, xattrs, mode and times of files, in the order in which the kernel does not undo them.
 
 A change of owner takes away setuid, setgid and file capabilities, and everything changes the ctime: so
-owner first, then xattrs, then mode, then times. What is not open for writing is opened with O_PATH and
-changed through /proc/self/fd, which reaches this very inode and follows nothing.
+owner first, then xattrs, then mode, then times. A file that is not open for writing is opened with O_PATH
+and changed through /proc/self/fd, which reaches this very inode and follows nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Attributes:
         self._owners = possible_owners()
 
     def owner(self, uid: int, gid: int) -> tuple[int, int]:
-        """Who is to own what the tar says is of a user and a group."""
+        """The owner on disk for a user and a group of the tar."""
         return (uid, gid) if self._owners is None else self._owners.of(uid, gid)
 
     def of_file(self, fd: int, entry: Entry) -> None:

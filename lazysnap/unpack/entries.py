@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entries of a tar, one after the other: headers put together with what stands before them.
 
-Knows nothing of layers: whiteouts are files here. What follows from a header is decided as Go's
+Knows nothing of layers: whiteouts are files here. The meaning of a header is decided as Go's
 archive/tar does, see `lazysnap.formats.tar`.
 """
 
@@ -248,7 +248,7 @@ def _owner(number: int) -> int:
 
 
 def _check_times(entry: Entry) -> None:
-    """What containerd makes of times: the later one as atime, 1970 for what does not fit."""
+    """Set times as containerd does: the later one as atime, 1970 for what does not fit."""
     latest = max(entry.atime_ns, entry.mtime_ns)
     entry.atime_ns = latest if 0 <= latest <= _LATEST_NS else 0
     if not 0 <= entry.mtime_ns <= _LATEST_NS:

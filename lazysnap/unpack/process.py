@@ -27,7 +27,7 @@ MEMORY_LIMIT = 2 << 30
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """What is to be unpacked.
+    """An order to unpack a layer.
 
     Attributes:
         target: an empty directory.
@@ -51,7 +51,7 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """What became of a job: `error` or the rest.
+    """The outcome of a job: `error` or the rest.
 
     Attributes:
         error: class, message, hint and reason of the error.

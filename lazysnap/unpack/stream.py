@@ -24,7 +24,7 @@ from lazysnap.formats import gzip, zstd
 _READ = 256 << 10
 _PIECE = 512 << 10
 _PIECES = 6
-# What a level up to 22 without --long may ask for.
+# The window that a level up to 22 without --long may ask for.
 _MAX_WINDOW = 1 << 27
 _SKIPPABLE = zstd.SKIPPABLE_MAGIC >> 4
 _DamagedGzip: type[Exception] = cast("type[Exception]", igzip_lib.error)

@@ -33,7 +33,7 @@ NEEDS_LOWER = "needs-lower"
 
 @dataclass(slots=True)
 class _Late:
-    """What a directory gets when nothing is made in it any more."""
+    """The attributes that a directory gets when nothing is made in it any more."""
 
     mode: int
     times: tuple[int, int] | None
@@ -260,7 +260,7 @@ class Tree:
         return made
 
     def _note_times(self, directory: Directory) -> None:
-        """A directory of a lower layer, which files are put in: its times shall stay."""
+        """Note the times of a directory of a lower layer that gets new files, so that they stay."""
         if not self._form.opaque and directory.path not in self._late:
             status = os.fstat(directory.fd)
             times = status.st_atime_ns, status.st_mtime_ns
