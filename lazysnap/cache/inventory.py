@@ -57,7 +57,14 @@ def entries(cache: Cache) -> Iterator[Entry]:
     latest = time.time_ns() + _FUTURE_NANOSECONDS
     for key, status in cache.objects:
         used = status.st_atime_ns if status.st_atime_ns <= latest else 0
-        yield Entry(used, status.st_blocks * _BLOCK, Kind.OBJECT, key, status.st_size, 1)
+        yield Entry(
+            used_ns=used,
+            disk_bytes=status.st_blocks * _BLOCK,
+            kind=Kind.OBJECT,
+            key=key,
+            size=status.st_size,
+            inodes=1,
+        )
     with os.scandir(cache.partial) as found:
         for item in found:
             name, _, suffix = item.name.partition(".")
@@ -70,7 +77,14 @@ def entries(cache: Cache) -> Iterator[Entry]:
                 used = max(t if t <= latest else 0 for t in times)
                 # The map is one byte for each chunk: next to nothing.
                 blocks = status.st_blocks * _BLOCK
-                yield Entry(used, blocks, Kind.PARTIAL, key, status.st_size, 2)
+                yield Entry(
+                    used_ns=used,
+                    disk_bytes=blocks,
+                    kind=Kind.PARTIAL,
+                    key=key,
+                    size=status.st_size,
+                    inodes=2,
+                )
 
 
 def remove(cache: Cache, entry: Entry) -> None:

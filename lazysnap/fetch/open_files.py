@@ -250,6 +250,7 @@ def store_chunk(
     index: LayerIndex,
     parts: Mapping[int, Parts | None],
     i: int,
+    *,
     chunk: Chunk,
     data: memoryview,
 ) -> bool:

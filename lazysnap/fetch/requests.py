@@ -242,9 +242,8 @@ class Requests:
                     base = received.base
                     mine = {n: flights[n] for n in run[first:done]}
                     first = done
-                    await decoding.start(
-                        self._decode, mine, received.take(cut), base, ticket, wrong
-                    )
+                    decode = partial(self._decode, ticket=ticket, wrong=wrong)
+                    await decoding.start(decode, mine, received.take(cut), base)
         if first < len(run):
             raise Internal(f"{self._name}: a response ended early")
         return wrong
@@ -254,9 +253,9 @@ class Requests:
         flights: Flights,
         data: Sequence[Piece],
         base: int,
+        *,
         ticket: Ticket,
         wrong: dict[int, LazysnapError],
-        *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         index, members = self.index, list(flights)
@@ -275,9 +274,8 @@ class Requests:
                 for limit in self._limits(ticket):
                     await limits.enter_async_context(limit)
                 task_status.started()
-                decoded, bad = await trio.to_thread.run_sync(
-                    _decode, index, members, data, base, store
-                )
+                decode = partial(_decode, index, members, data, base, store=store)
+                decoded, bad = await trio.to_thread.run_sync(decode)
             wrong.update(bad)
             self._land({n: flight for n, flight in flights.items() if n not in bad}, decoded)
             for held in parts.values():
@@ -300,7 +298,7 @@ class Requests:
         self, parts: Mapping[int, Parts | None], i: int, chunk: Chunk, data: memoryview
     ) -> bool:
         """In a thread: store a chunk; False also for one that is handed to whoever waits."""
-        stored = store_chunk(self._contents, self.index, parts, i, chunk, data)
+        stored = store_chunk(self._contents, self.index, parts, i, chunk=chunk, data=data)
         return stored and chunk.member not in self.kept
 
     def _land(self, flights: Flights, decoded: Decoded) -> None:

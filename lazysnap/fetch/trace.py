@@ -137,7 +137,16 @@ class Trace:
         """
         began = time.monotonic()
         priority = int(ticket.priority)
-        event = Fetched(began, None, run[0], run[-1], begin, end, priority, priority)
+        event = Fetched(
+            began=began,
+            ended=None,
+            first=run[0],
+            last=run[-1],
+            begin=begin,
+            end=end,
+            priority=priority,
+            urgent=priority,
+        )
         _ring.note(self._number, event)
         try:
             yield event
@@ -164,7 +173,17 @@ class Trace:
         finally:
             if ahead is not None:
                 seconds = time.monotonic() - began
-                _ring.note(self._number, Waited(began, seconds, node, offset, size, ahead))
+                _ring.note(
+                    self._number,
+                    Waited(
+                        began=began,
+                        seconds=seconds,
+                        node=node,
+                        offset=offset,
+                        size=size,
+                        ahead=ahead,
+                    ),
+                )
 
     def events(self, since: float) -> tuple[list[Fetched], list[Waited]]:
         """The events of this layer.

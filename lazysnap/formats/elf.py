@@ -102,12 +102,14 @@ def parse_head(data: bytes) -> Head:
     if dynamic is not None and dynamic.size > _DYNAMIC_MOST:
         raise FormatError(f"an ELF file with a dynamic section of {dynamic.size} bytes")
     return Head(
-        dynamic,
-        first(_INTERPRETER),
-        tuple(span for kind, flags, _, span in entries if kind == _LOAD and flags & _WRITABLE),
-        tuple(_Load(address, span) for kind, _, address, span in entries if kind == _LOAD),
-        order,
-        wide,
+        dynamic=dynamic,
+        interpreter=first(_INTERPRETER),
+        writable=tuple(
+            span for kind, flags, _, span in entries if kind == _LOAD and flags & _WRITABLE
+        ),
+        loads=tuple(_Load(address, span) for kind, _, address, span in entries if kind == _LOAD),
+        order=order,
+        wide=wide,
     )
 
 

@@ -83,7 +83,16 @@ def _location(
         raise FormatError(f"{kind} footer names offset {offset} of a blob of {blob_size} bytes")
     if length > MAX_TOC_SIZE:
         raise FormatError(f"{kind} table of contents has {length} bytes, more than {MAX_TOC_SIZE}")
-    return TocLocation(kind, "gzip", blob_size, offset, length, None, offset, toc_digest)
+    return TocLocation(
+        kind=kind,
+        compression="gzip",
+        blob_size=blob_size,
+        offset=offset,
+        length=length,
+        uncompressed_length=None,
+        data_end=offset,
+        toc_digest=toc_digest,
+    )
 
 
 def extract(member: Buffer, limit: int) -> memoryview:

@@ -88,15 +88,15 @@ def parse_header(block: bytes) -> Header | None:
     if kind == OLD_FILE and name.endswith(b"/"):
         kind = DIRECTORY
     return Header(
-        name,
-        _number(mode),
-        _number(uid),
-        _number(gid),
-        length,
-        _number(mtime),
-        kind,
-        link.partition(b"\0")[0],
-        device,
+        name=name,
+        mode=_number(mode),
+        uid=_number(uid),
+        gid=_number(gid),
+        size=length,
+        mtime=_number(mtime),
+        kind=kind,
+        link=link.partition(b"\0")[0],
+        device=device,
     )
 
 

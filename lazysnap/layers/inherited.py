@@ -67,7 +67,12 @@ class ViewTree:
         found = self._view.attributes(own)
         xattrs = [(k, v) for k, v in self._view.xattrs(own) if not k.startswith(b"trusted.")]
         return Inherited(
-            node, stat.S_IMODE(found.mode), found.uid, found.gid, found.mtime_ns, xattrs
+            node=node,
+            mode=stat.S_IMODE(found.mode),
+            uid=found.uid,
+            gid=found.gid,
+            mtime_ns=found.mtime_ns,
+            xattrs=xattrs,
         )
 
 
@@ -106,12 +111,12 @@ class DirectoryTree:
             if not name.startswith(b"trusted.")
         ]
         return Inherited(
-            node,
-            stat.S_IMODE(found.st_mode),
-            found.st_uid,
-            found.st_gid,
-            found.st_mtime_ns,
-            xattrs,
+            node=node,
+            mode=stat.S_IMODE(found.st_mode),
+            uid=found.st_uid,
+            gid=found.st_gid,
+            mtime_ns=found.st_mtime_ns,
+            xattrs=xattrs,
         )
 
 

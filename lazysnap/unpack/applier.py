@@ -198,12 +198,12 @@ def _run(
     tree.finish()
     attributes = tree.attributes
     return Applied(
-        diff_id,
-        length,
-        number,
-        attributes.ignored,
-        tuple(attributes.examples),
-        tuple(sorted(tree.left_out)),
+        diff_id=diff_id,
+        size=length,
+        entries=number,
+        ignored_xattrs=attributes.ignored,
+        examples=tuple(attributes.examples),
+        left_out=tuple(sorted(tree.left_out)),
     )
 
 

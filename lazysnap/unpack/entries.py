@@ -124,17 +124,17 @@ class Entries:
     ) -> Entry:
         mtime = header.mtime * 10**9
         entry = Entry(
-            header.name if long[0] is None else long[0],
-            header.kind,
-            header.mode & 0o7777,
-            header.uid,
-            header.gid,
-            mtime,
-            mtime,
-            header.size,
-            header.link if long[1] is None else long[1],
-            header.device,
-            [],
+            name=header.name if long[0] is None else long[0],
+            kind=header.kind,
+            mode=header.mode & 0o7777,
+            uid=header.uid,
+            gid=header.gid,
+            atime_ns=mtime,
+            mtime_ns=mtime,
+            size=header.size,
+            link=header.link if long[1] is None else long[1],
+            device=header.device,
+            xattrs=[],
         )
         if records:
             _merge(entry, records)

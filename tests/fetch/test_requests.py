@@ -195,12 +195,12 @@ async def test_decoding_what_nobody_waits_for_leaves_a_thread_to_readers(
     ahead: list[int] = []
     decode = module._decode
 
-    def slowly(index: LayerIndex, members: Sequence[int], *rest: Any) -> Any:
+    def slowly(index: LayerIndex, members: Sequence[int], *rest: Any, **named: Any) -> Any:
         if members[0] < 24:
             ahead.append(members[0])
             trio.from_thread.run_sync(began.set)
             go_on.wait(30)
-        return decode(index, members, *rest)
+        return decode(index, members, *rest, **named)
 
     monkeypatch.setattr(module, "_decode", slowly)
     async with trio.open_nursery() as plans:
