@@ -7,7 +7,7 @@ inodes). Looking whether one is reached costs a statvfs and, with a size limit, 
 has to go. At most one process of a cache evicts at a time: it holds a lock (flock) on the directory.
 
 Removing never breaks a reader: those who have a file open go on reading it, and its blocks are free
-when the last of them closes it (see `Contents.sweep`). All methods may be called from any thread.
+when the last of them closes it (see `OpenFiles.sweep`). All methods may be called from any thread.
 
 The kernel reads objects by itself, so of these only the first use is known. Therefore, whenever something
 goes, the objects that would go next are put on probation (see `object_states`): whoever uses one has to

@@ -14,7 +14,7 @@ from lazysnap.check.state import environment
 from lazysnap.credentials.docker_config import DockerConfig
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
 from lazysnap.formats.location import CONVERT_HINT
-from lazysnap.layers.builder_pool import Builders
+from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.opener import LayerSource, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
@@ -54,7 +54,7 @@ async def _layers(
     directory: str,
 ) -> list[Finding]:
     layers = manifest.layers or ()
-    builders = Builders(_BUILDERS)
+    builders = BuilderPool(_BUILDERS)
     opener = Opener(directory, registry, builders, allow_unverified=context.allow_unverified)
     findings: dict[int, Finding] = {}
 

@@ -17,7 +17,7 @@ import trio
 
 from lazysnap.errors import Internal
 from lazysnap.fetch.fetcher import Fetcher
-from lazysnap.fetch.open_files import Content, Contents, Parts, Whole
+from lazysnap.fetch.open_files import Content, OpenFiles, Parts, Whole
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.metrics import families
@@ -47,7 +47,7 @@ class LayerReader:
     def __init__(
         self,
         index: LayerIndex,
-        contents: Contents,
+        contents: OpenFiles,
         fetcher: Fetcher,
         missed: Callable[[int], None] = lambda node: None,
         begun: Callable[[int], None] = lambda node: None,

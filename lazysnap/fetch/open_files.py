@@ -75,7 +75,7 @@ class Parts:
 Content = Whole | Parts
 
 
-class Contents:
+class OpenFiles:
     """The table of open contents.
 
     Args:
@@ -246,7 +246,7 @@ def _affordable() -> int:
 
 
 def store_chunk(
-    contents: Contents,
+    contents: OpenFiles,
     index: LayerIndex,
     parts: Mapping[int, Parts | None],
     i: int,

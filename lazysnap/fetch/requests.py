@@ -24,7 +24,7 @@ from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError
 from lazysnap.fetch.byte_source import ByteSource, Counters, LocalBytes
 from lazysnap.fetch.decode import Decoded, Store, decode_members
 from lazysnap.fetch.members import runs
-from lazysnap.fetch.open_files import Contents, Parts, store_chunk
+from lazysnap.fetch.open_files import OpenFiles, Parts, store_chunk
 from lazysnap.fetch.scheduler import Priority, Scheduler, Ticket
 from lazysnap.fetch.trace import Trace
 from lazysnap.index.model import Chunk
@@ -124,7 +124,7 @@ class Requests:
         source: ByteSource,
         counters: Counters,
         *,
-        contents: Contents,
+        contents: OpenFiles,
         nursery: trio.Nursery,
         decoders: trio.CapacityLimiter,
         scheduler: Scheduler,

@@ -16,7 +16,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.fetch.byte_source import ByteSource, Counters, LocalBytes
-from lazysnap.layers.blob_tail import Seed, open_seed, read_seed
+from lazysnap.layers.blob_tail import BlobTail, open_tail, read_tail
 from lazysnap.paths import INDEX_TAIL
 
 _log = log.get(__name__)
@@ -24,7 +24,7 @@ _log = log.get(__name__)
 _PIECE = 256 << 10
 
 
-class SeededSource:
+class TailSource:
     """A source that asks another one only for what is not in a seed.
 
     Args:
@@ -37,7 +37,7 @@ class SeededSource:
         self._source = source
         self._path = index_path + INDEX_TAIL
         self._counters = counters
-        self._seed: Seed | None = None
+        self._seed: BlobTail | None = None
         self._looked = False
         self._used: list[tuple[int, int]] = []
 
@@ -60,7 +60,7 @@ class SeededSource:
         """The end of a range as far as the seed has it, and where in the blob that begins."""
         if not self._looked:
             # Twice at most when two requests come at once, with the same result.
-            self._seed = await trio.to_thread.run_sync(open_seed, self._path)
+            self._seed = await trio.to_thread.run_sync(open_tail, self._path)
             self._looked = True
         seed = self._seed
         if seed is None or not seed.start < stop <= seed.stop:
@@ -68,7 +68,7 @@ class SeededSource:
         begin = max(start, seed.start)
         if any(begin < used_stop and used < stop for used, used_stop in self._used):
             return stop, b""
-        data = await trio.to_thread.run_sync(read_seed, seed, begin, stop)
+        data = await trio.to_thread.run_sync(read_tail, seed, begin, stop)
         if data is None:
             _log.debug("seed is gone", path=self._path)
             self._seed = None
@@ -88,7 +88,7 @@ class _Joined:
     """The bytes of a stream, if there is one, then those of the seed."""
 
     def __init__(
-        self, owner: SeededSource, stream: AsyncIterator[bytes] | None, begin: int, data: bytes
+        self, owner: TailSource, stream: AsyncIterator[bytes] | None, begin: int, data: bytes
     ) -> None:
         self._owner = owner
         self._stream = stream

@@ -22,14 +22,14 @@ from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.filesystem.shard_filesystem import ShardFilesystem
-from lazysnap.layers.builder_pool import Builders
+from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.opener import Opener, may_be_lazy
 from lazysnap.registry.client import Registry
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.snapshotter.unpack_ahead import AT_ONCE
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ def assemble(options: Options, parts: Parts) -> Assembly:
 
 
 def _opener(options: Options, parts: Parts) -> Opener:
-    builders = Builders(os.cpu_count() or 1, kept=options.builders_kept)
+    builders = BuilderPool(os.cpu_count() or 1, kept=options.builders_kept)
     parts.nursery.start_soon(builders.run)
     return Opener(
         parts.cache.index,
@@ -151,4 +151,4 @@ def _unpacker(options: Options, registry: Registry) -> LayerUnpacker:
     def maybe(annotations: Mapping[str, str]) -> bool:
         return options.lazy and may_be_lazy(annotations, allow_unverified=options.allow_unverified)
 
-    return LayerUnpacker(registry, Appliers((os.cpu_count() or 1) + AT_ONCE), maybe)
+    return LayerUnpacker(registry, ApplierPool((os.cpu_count() or 1) + AT_ONCE), maybe)

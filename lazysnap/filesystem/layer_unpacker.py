@@ -17,7 +17,7 @@ from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 from lazysnap.snapshotter.interfaces import LayerBlob
 from lazysnap.unpack.applier import Whiteouts
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from lazysnap.unpack.process import Answer, Job
 
 _KINDS = (oci.LayerKind.GZIP, oci.LayerKind.ZSTD, oci.LayerKind.UNCOMPRESSED)
@@ -38,7 +38,7 @@ class LayerUnpacker:
     def __init__(
         self,
         registry: Registry,
-        appliers: Appliers,
+        appliers: ApplierPool,
         may_be_lazy: Callable[[Mapping[str, str]], bool] = lambda _: False,
     ) -> None:
         self._registry = registry

@@ -23,7 +23,7 @@ _MAGIC = b"lazytail"
 
 
 @dataclass(frozen=True, slots=True)
-class Seed:
+class BlobTail:
     """What a seed file holds.
 
     Attributes:
@@ -39,7 +39,7 @@ class Seed:
     header: bytes
 
 
-def write_seed(path: str, start: int, data: bytes | memoryview) -> None:
+def write_tail(path: str, start: int, data: bytes | memoryview) -> None:
     """Store a seed, if it can be stored and is of a fair size.
 
     Not synced: after a power cut the digest tells whether the bytes are there.
@@ -63,7 +63,7 @@ def write_seed(path: str, start: int, data: bytes | memoryview) -> None:
             os.unlink(aside)
 
 
-def open_seed(path: str) -> Seed | None:
+def open_tail(path: str) -> BlobTail | None:
     """Read all of a seed and check it; None if there is none that can be used."""
     try:
         with open(path, "rb") as file:
@@ -76,10 +76,10 @@ def open_seed(path: str) -> Seed | None:
     _, start, _ = _HEADER.unpack(header)
     if header != _header(start, data):
         return None
-    return Seed(path, start, start + len(data), header)
+    return BlobTail(path, start, start + len(data), header)
 
 
-def read_seed(seed: Seed, start: int, stop: int) -> bytes | None:
+def read_tail(seed: BlobTail, start: int, stop: int) -> bytes | None:
     """Bytes `start` to `stop` (exclusive) of the blob, which lie within the seed; None if it is gone."""
     try:
         fd = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -31,7 +31,7 @@ from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_to
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.blob_tail import write_seed
+from lazysnap.layers.blob_tail import write_tail
 from lazysnap.layers.tree_image_file import write_tree
 
 LENGTH = struct.Struct(">I")
@@ -94,7 +94,7 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
     # Before the index: whoever finds an index does not build it again, and would never have a tail.
     if job.seed:
         members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
-        write_seed(job.seed, tail_start, members)
+        write_tail(job.seed, tail_start, members)
     try:
         with open(aside, "wb") as file:
             file.write(data)

@@ -40,7 +40,7 @@ class _Idle(NamedTuple):
     used: bool
 
 
-class Builders:
+class BuilderPool:
     """A few builder processes.
 
     Args:

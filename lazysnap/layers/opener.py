@@ -23,7 +23,7 @@ from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
 from lazysnap.formats.identify import identify
 from lazysnap.layers.builder import Job
-from lazysnap.layers.builder_pool import Builders
+from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.paths import INDEX_TAIL
@@ -129,7 +129,7 @@ class Opener:
         self,
         index_directory: str,
         registry: Registry,
-        builders: Builders,
+        builders: BuilderPool,
         *,
         allow_unverified: bool = False,
         trees: str = "",

@@ -25,7 +25,7 @@ from lazysnap.formats.elf import Span
 from lazysnap.index.reader import LayerIndex
 from lazysnap.prefetch.guesser import Guess, wanted_at
 from lazysnap.prefetch.overlay_lookup import Found, find_file, names
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 
 # Of a larger library only what is needed to load it is fetched.
 _WHOLE = 16 << 20
@@ -62,7 +62,7 @@ class BytesAhead:
         ahead: of the process.
     """
 
-    def __init__(self, reader: LayerReader, ahead: Ahead) -> None:
+    def __init__(self, reader: LayerReader, ahead: PrefetchQueue) -> None:
         self._reader = reader
         self._ahead = ahead
 

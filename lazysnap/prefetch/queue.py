@@ -102,7 +102,7 @@ class _Lane:
         work.done.set()
 
 
-class Ahead:
+class PrefetchQueue:
     """All plans of a process.
 
     Args:

@@ -47,7 +47,7 @@ class _Walk:
     ahead: int = 0
 
 
-class Walks:
+class TreeWalks:
     """The walks through one layer.
 
     Args:

@@ -19,7 +19,7 @@ import trio
 from lazysnap import log, oci
 from lazysnap.containerd._pb.types.mount_pb2 import Mount
 from lazysnap.errors import LazysnapError, Unavailable
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from lazysnap.unpack.process import Answer, Job
 
 _log = log.get(__name__)
@@ -94,7 +94,7 @@ class LocalLayer:
         appliers: processes that unpack.
     """
 
-    def __init__(self, blob: oci.Descriptor, job: Job, tap: Tap, appliers: Appliers) -> None:
+    def __init__(self, blob: oci.Descriptor, job: Job, tap: Tap, appliers: ApplierPool) -> None:
         self._blob = blob
         self._job = job
         self._tap = tap

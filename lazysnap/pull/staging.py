@@ -22,7 +22,7 @@ from lazysnap.errors import LazysnapError
 from lazysnap.pull.download import Downloads
 from lazysnap.pull.local_unpack import LocalLayer, is_empty, job_for
 from lazysnap.unpack.applier import Whiteouts
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from lazysnap.unpack.aside import bring
 from lazysnap.unpack.process import Job
 
@@ -88,7 +88,7 @@ class Staging:
         self,
         snapshots: Snapshots,
         downloads: Downloads,
-        appliers: Appliers,
+        appliers: ApplierPool,
         nursery: trio.Nursery,
         *,
         address: str,

@@ -39,7 +39,7 @@ from lazysnap.pull.metadata import Labeller
 from lazysnap.pull.progress import LayerResult, LayerState, Progress
 from lazysnap.pull.staging import StagedLayer, Staging
 from lazysnap.registry.image import Image
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 
 _log = log.get(__name__)
 
@@ -119,7 +119,7 @@ class Unpacker:
         self._nursery = nursery
         self._lazy_only = lazy_only
         self._containerd = containerd
-        self._appliers = Appliers(PARALLEL)
+        self._appliers = ApplierPool(PARALLEL)
         self._snapshots: Snapshots = containerd.snapshots(snapshotter)
         self._lazy_possible = snapshotter not in _BUILTIN
         self._layers = layers

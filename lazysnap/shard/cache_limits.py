@@ -6,12 +6,12 @@ from __future__ import annotations
 import trio
 
 from lazysnap.cache.eviction import Evictor
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 
 _LOOK_SECONDS = 2.0
 
 
-async def keep_within_limits(contents: Contents, evictor: Evictor) -> None:
+async def keep_within_limits(contents: OpenFiles, evictor: Evictor) -> None:
     """Look at the limits, and let go of what was evicted by whichever process; for ever.
 
     What is stored is looked at when it is stored. This is for what others do with the disk.

@@ -14,7 +14,7 @@ from lazysnap import log
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import LazysnapError
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.shard import memory
 
 _log = log.get(__name__)
@@ -47,7 +47,7 @@ class Settling:
 
     def __init__(
         self,
-        contents: Contents,
+        contents: OpenFiles,
         seconds: float,
         watch: ObjectWatch | None,
         hold: Callable[[], object],

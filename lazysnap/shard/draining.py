@@ -12,7 +12,7 @@ import trio
 
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.scheduler import Priority
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.shard.mounted_layers import MountedLayers
 
 
@@ -24,7 +24,7 @@ class Draining:
         ahead: works through what is asked for here, after what profiles name.
     """
 
-    def __init__(self, layers: MountedLayers, ahead: Ahead) -> None:
+    def __init__(self, layers: MountedLayers, ahead: PrefetchQueue) -> None:
         self._layers = layers
         self._ahead = ahead
         self._under_way: dict[str, trio.Event] = {}

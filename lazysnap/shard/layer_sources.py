@@ -21,17 +21,17 @@ from lazysnap.errors import LazysnapError
 from lazysnap.fetch.byte_source import Counters
 from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.requests import Requests
 from lazysnap.fetch.scheduler import Priority, Scheduler
-from lazysnap.fetch.tail_source import SeededSource
+from lazysnap.fetch.tail_source import TailSource
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.prefetch.guesser import Guesser
 from lazysnap.prefetch.profile import Read, landmark_plan, locate
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.prefetch.readahead import prepare_start
-from lazysnap.prefetch.tree_walks import Walks
+from lazysnap.prefetch.tree_walks import TreeWalks
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Blob, Registry
 
@@ -66,9 +66,9 @@ class Fetching:
         self,
         registry: Registry,
         cache: Cache,
-        contents: Contents,
+        contents: OpenFiles,
         scheduler: Scheduler,
-        ahead: Ahead,
+        ahead: PrefetchQueue,
         nursery: trio.Nursery,
         decoders: trio.CapacityLimiter,
     ) -> None:
@@ -96,7 +96,7 @@ class Fetching:
         counters = Counters()
         requests = Requests(
             index,
-            SeededSource(blob, self._cache.paths.index(origin.index), counters),
+            TailSource(blob, self._cache.paths.index(origin.index), counters),
             counters,
             contents=self._contents,
             nursery=self._nursery,
@@ -113,7 +113,7 @@ class Fetching:
         guesser = Guesser(index, add)
         self._sources[origin.index] = _Source(blob, fetcher, guesser)
         host = self._scheduler.host(reference.host)
-        walks = Walks(index, add, lambda: host.bandwidth)
+        walks = TreeWalks(index, add, lambda: host.bandwidth)
 
         def missed(node: int) -> None:
             guesser.missed(node)

@@ -19,7 +19,7 @@ from lazysnap.layers.slots import SlotRecord, list_slots, read_slot, slots_chang
 from lazysnap.layers.view import open_index
 from lazysnap.paths import Root
 from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.shard.mounted_layers import MountedLayers
 
 _log = log.get(__name__)
@@ -35,7 +35,7 @@ class Linking:
         nursery: where files are followed.
     """
 
-    def __init__(self, layers: MountedLayers, ahead: Ahead, nursery: trio.Nursery) -> None:
+    def __init__(self, layers: MountedLayers, ahead: PrefetchQueue, nursery: trio.Nursery) -> None:
         self._layers = layers
         self._ahead = ahead
         self._nursery = nursery

@@ -41,11 +41,11 @@ from lazysnap.cache.eviction import Evictor
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.paths import Root
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
@@ -97,9 +97,9 @@ class Worker:
         self.settings = settings
         self.cache = Cache(Root(root).cache.path)
         self.evictor = Evictor(self.cache, settings.cache)
-        self.contents = Contents(self.cache, evictor=self.evictor)
+        self.contents = OpenFiles(self.cache, evictor=self.evictor)
         self.scheduler = Scheduler(settings.limits)
-        self.ahead = Ahead(self.scheduler, nursery, Leisure(self.evictor).wait)
+        self.ahead = PrefetchQueue(self.scheduler, nursery, Leisure(self.evictor).wait)
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
         self.fetching = Fetching(
             registry,

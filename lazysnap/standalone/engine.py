@@ -27,7 +27,7 @@ from lazysnap.snapshotter.interfaces import Unpacker
 from lazysnap.snapshotter.snapshotter import Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.supervisor import Supervisor
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ async def _work(
     async with snapshotter.running(parts.nursery):
         if reload:
             await parts.supervisor.call_all("reload")
-        unpacker = LayerUnpacker(parts.registry, Appliers(os.cpu_count() or 1))
+        unpacker = LayerUnpacker(parts.registry, ApplierPool(os.cpu_count() or 1))
         outcome = await work(Engine(snapshotter, unpacker, parts.supervisor))
         await snapshotter.cleanup()
         return outcome

@@ -22,7 +22,7 @@ _PIPE_BYTES = 1 << 20
 """Between the daemon and a process; the usual 64 KiB make both wait for each other too often."""
 
 
-class Appliers:
+class ApplierPool:
     """Unpacks layers in processes.
 
     Args:

@@ -19,7 +19,7 @@ from lazysnap.cache import Cache
 from lazysnap.fetch.byte_source import ByteSource, Counters
 from lazysnap.fetch.fetcher import Fetcher
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.requests import Requests
 from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.reader import LayerIndex
@@ -98,7 +98,7 @@ class _Stream:
 def make_fetcher(
     index: LayerIndex,
     source: ByteSource,
-    contents: Contents,
+    contents: OpenFiles,
     nursery: trio.Nursery,
     *,
     counters: Counters | None = None,
@@ -127,7 +127,7 @@ class Engine:
     """What `engine` yields."""
 
     def __init__(
-        self, index: LayerIndex, source: MemorySource, contents: Contents, nursery: trio.Nursery
+        self, index: LayerIndex, source: MemorySource, contents: OpenFiles, nursery: trio.Nursery
     ) -> None:
         self.index = index
         self.source = source
@@ -149,7 +149,7 @@ class Engine:
 
 @asynccontextmanager
 async def engine(
-    layer: Layer, directory: Path, *, open_limit: int = 100, contents: Contents | None = None
+    layer: Layer, directory: Path, *, open_limit: int = 100, contents: OpenFiles | None = None
 ) -> AsyncIterator[Engine]:
     """A reader of a layer.
 
@@ -159,7 +159,7 @@ async def engine(
         open_limit: how many contents may be open.
         contents: share those of another engine, as layers of one process do.
     """
-    mine = contents or Contents(Cache(str(directory)), open_limit)
+    mine = contents or OpenFiles(Cache(str(directory)), open_limit)
     async with trio.open_nursery() as nursery:
         try:
             yield Engine(index_of(layer), MemorySource(layer.blob), mine, nursery)

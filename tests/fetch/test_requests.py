@@ -20,7 +20,7 @@ from lazysnap.errors import DigestMismatch, LazysnapError, RegistryUnreachable
 from lazysnap.fetch import requests as module
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.requests import Flight
 from lazysnap.fetch.scheduler import Limits, Priority, Scheduler
 from lazysnap.index.reader import LayerIndex
@@ -101,7 +101,7 @@ class Layer:
         self.index: LayerIndex = index_of(made)
         self.source = SlowSource(made.blob)
         self.scheduler = Scheduler(limits)
-        self.contents = Contents(Cache(str(directory)))
+        self.contents = OpenFiles(Cache(str(directory)))
         self.fetcher = make_fetcher(
             self.index, self.source, self.contents, nursery, scheduler=self.scheduler, host="h"
         )

@@ -11,8 +11,8 @@ import pytest
 
 from lazysnap.errors import LazysnapError, RegistryUnreachable
 from lazysnap.fetch.byte_source import Counters, LocalBytes
-from lazysnap.fetch.tail_source import SeededSource
-from lazysnap.layers.blob_tail import SIZE_MOST, open_seed, read_seed, write_seed
+from lazysnap.fetch.tail_source import TailSource
+from lazysnap.layers.blob_tail import SIZE_MOST, open_tail, read_tail, write_tail
 from tests.fetch.engine import MemorySource
 
 BLOB = random.Random(5).randbytes(1_000_000)
@@ -26,12 +26,12 @@ class Scene:
         self.path = path
         self.network = MemorySource(BLOB)
         self.counters = Counters()
-        write_seed(str(path), START, BLOB[START:STOP])
+        write_tail(str(path), START, BLOB[START:STOP])
         self.again()
 
     def again(self) -> None:
         """As after a restart."""
-        self.source = SeededSource(self.network, str(self.path.with_suffix("")), self.counters)
+        self.source = TailSource(self.network, str(self.path.with_suffix("")), self.counters)
 
     async def read(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Read a range, which must be right; the ranges that were asked of the network for it."""
@@ -133,7 +133,7 @@ async def test_no_seed_is_no_error(scene: Scene) -> None:
 
 async def test_a_seed_that_goes_or_changes_while_it_is_used(scene: Scene) -> None:
     assert await scene.read(START, START + 10) == []
-    write_seed(str(scene.path), START + 10, BLOB[START + 10 : STOP])
+    write_tail(str(scene.path), START + 10, BLOB[START + 10 : STOP])
     assert await scene.read(START + 10, START + 20) == [(START + 10, START + 20)]
     scene.again()
     assert await scene.read(START + 10, START + 20) == []
@@ -143,17 +143,17 @@ async def test_a_seed_that_goes_or_changes_while_it_is_used(scene: Scene) -> Non
 
 def test_what_cannot_be_stored_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
-    write_seed(str(tmp_path / "directory"), 0, b"data")
-    write_seed(str(tmp_path / "missing" / "seed"), 0, b"data")
-    write_seed(str(tmp_path / "empty"), 0, b"")
-    write_seed(str(tmp_path / "large"), 0, bytes(SIZE_MOST + 1))
+    write_tail(str(tmp_path / "directory"), 0, b"data")
+    write_tail(str(tmp_path / "missing" / "seed"), 0, b"data")
+    write_tail(str(tmp_path / "empty"), 0, b"")
+    write_tail(str(tmp_path / "large"), 0, bytes(SIZE_MOST + 1))
     assert os.listdir(tmp_path) == ["directory"]
 
 
 def test_the_largest_seed(tmp_path: Path) -> None:
     path = str(tmp_path / "seed")
-    write_seed(path, 1 << 40, bytes(SIZE_MOST))
-    seed = open_seed(path)
+    write_tail(path, 1 << 40, bytes(SIZE_MOST))
+    seed = open_tail(path)
     assert seed is not None
     assert (seed.start, seed.stop) == (1 << 40, (1 << 40) + SIZE_MOST)
-    assert read_seed(seed, seed.stop - 3, seed.stop) == bytes(3)
+    assert read_tail(seed, seed.stop - 3, seed.stop) == bytes(3)

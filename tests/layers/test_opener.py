@@ -21,10 +21,10 @@ from lazysnap.digest import Digest
 from lazysnap.errors import DigestMismatch, FormatError, Internal, LazysnapError, NotLazy
 from lazysnap.fetch.byte_source import Counters
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
-from lazysnap.fetch.tail_source import SeededSource
+from lazysnap.fetch.open_files import OpenFiles
+from lazysnap.fetch.tail_source import TailSource
 from lazysnap.layers.builder import Job
-from lazysnap.layers.builder_pool import Builders
+from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
@@ -44,7 +44,7 @@ ENTRIES = [layers.directory("d"), *(layers.file(f"d/{n}", b"%d" % n * 3000) for 
 class Bench:
     """An opener and the registry that it asks."""
 
-    def __init__(self, server: FaultyRegistry, opener: Opener, builders: Builders) -> None:
+    def __init__(self, server: FaultyRegistry, opener: Opener, builders: BuilderPool) -> None:
         self.server = server
         self.opener = opener
         self.builders = builders
@@ -88,7 +88,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async with faulty_registry() as server, trio.open_nursery() as nursery:
         settings = RegistrySettings(plain_http_hosts=frozenset({server.host}), retry_seconds=30)
         async with Registry(settings) as registry:
-            builders = Builders(2)
+            builders = BuilderPool(2)
             nursery.start_soon(builders.run)
             yield Bench(server, Opener(str(tmp_path / "index"), registry, builders), builders)
             nursery.cancel_scope.cancel()
@@ -125,11 +125,11 @@ async def test_no_byte_is_fetched_twice(bench: Bench, tmp_path: Path, size: int,
     opened = await bench.opener.open(bench.source(layer, annotations=bench.toc_label(layer)))
     index = open_index(f"{bench.opener._directory}/{opened.index}")
     blob = bench.registry.blob(bench.reference, Digest.parse(layer.digest), layer.size)
-    contents = Contents(Cache(str(tmp_path / "cache")))
+    contents = OpenFiles(Cache(str(tmp_path / "cache")))
     async with trio.open_nursery() as nursery:
         path = f"{bench.opener._directory}/{opened.index}"
         counters = Counters()
-        source = SeededSource(blob, path, counters)
+        source = TailSource(blob, path, counters)
         fetcher = make_fetcher(index, source, contents, nursery, counters=counters)
         reader = LayerReader(index, contents, fetcher)
         for name, data in files.items():
@@ -389,7 +389,7 @@ async def test_a_layer_is_open_before_the_image_of_its_tree_is_made(
 async def test_one_is_kept_that_has_built_nothing(
     nursery: trio.Nursery, clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
-    builders = Builders(2, kept=1)
+    builders = BuilderPool(2, kept=1)
     nursery.start_soon(builders.run)
     layer = layers.estargz(ENTRIES)
     job = Job(path=str(tmp_path / "index"), blob_size=layer.size, annotations=layer.annotations)
@@ -408,7 +408,7 @@ async def test_one_is_kept_that_has_built_nothing(
 
 
 async def test_the_largest_that_waits_comes_first(nursery: trio.Nursery) -> None:
-    builders = Builders(1)
+    builders = BuilderPool(1)
     order: list[int] = []
     scopes: dict[int, trio.CancelScope] = {}
 

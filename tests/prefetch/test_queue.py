@@ -17,7 +17,7 @@ import trio.testing
 from lazysnap.errors import LazysnapError, RegistryNotFound, RegistryUnreachable
 from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.scheduler import Limits, Priority, Scheduler, Ticket
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 
 PREFETCH, BACKGROUND = Priority.PREFETCH, Priority.BACKGROUND
 
@@ -54,8 +54,8 @@ def _real(fake: FakeFetcher) -> Fetcher:
     return cast(Fetcher, fake)
 
 
-def _ahead(nursery: trio.Nursery, **limits: int) -> Ahead:
-    return Ahead(Scheduler(Limits(**{"unurgent_connections": 3, **limits})), nursery)
+def _ahead(nursery: trio.Nursery, **limits: int) -> PrefetchQueue:
+    return PrefetchQueue(Scheduler(Limits(**{"unurgent_connections": 3, **limits})), nursery)
 
 
 Clock = trio.testing.MockClock

@@ -10,7 +10,7 @@ import pytest
 
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.index.reader import LayerIndex
-from lazysnap.prefetch.tree_walks import Walks
+from lazysnap.prefetch.tree_walks import TreeWalks
 from tests.support.indexes import counting, index_of, resolve
 from tests.support.layers import estargz, file
 
@@ -35,7 +35,7 @@ class Followed:
     def __init__(self, index: LayerIndex, bandwidth: float = 0.0) -> None:
         self.index = index
         self.fetched: list[int] = []
-        self._walks = Walks(index, self._add, lambda: bandwidth)
+        self._walks = TreeWalks(index, self._add, lambda: bandwidth)
         self._files = {resolve(index, _name(n)): n for n in range(_COUNT)}
 
     def _add(self, plan: Plan) -> None:
@@ -73,7 +73,7 @@ def test_many_parts_of_one_file_are_no_walk(index: LayerIndex) -> None:
 def test_not_all_chunks_of_a_huge_file_are_looked_at() -> None:
     data = random.Random(1).randbytes(4 << 20)
     counted = counting(estargz([file("large", data)], chunk_size=1 << 10))
-    Walks(counted, lambda plan: None, lambda: 0.0).missed(resolve(counted, "large"))
+    TreeWalks(counted, lambda plan: None, lambda: 0.0).missed(resolve(counted, "large"))
     assert counted.looks < 10
 
 

@@ -18,7 +18,7 @@ from lazysnap.oci import OCI_LAYER_GZIP, Descriptor
 from lazysnap.pull.local_unpack import job_for
 from lazysnap.pull.puller import pull
 from lazysnap.registry import Registry
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from tests.pull.conftest import AMD64, serve
 from tests.support import images, layers, tree
 from tests.support.containerd import PrivateContainerd
@@ -59,13 +59,13 @@ def appliers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The command that every applier is started by; may be changed."""
     command: list[str] = []
 
-    class Changed(Appliers):
+    class Changed(ApplierPool):
         def __init__(self, limit: int) -> None:
             super().__init__(limit)
             if command:
                 self.command = command
 
-    monkeypatch.setattr("lazysnap.pull.unpack.Appliers", Changed)
+    monkeypatch.setattr("lazysnap.pull.unpack.ApplierPool", Changed)
     yield command
 
 

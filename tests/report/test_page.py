@@ -14,7 +14,7 @@ from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.fetch.trace import Told
 from lazysnap.prefetch.profile import Read
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.report.estimate import covered, savings, use
 from lazysnap.report.gather import from_zero
 from lazysnap.report.history import History, slowest
@@ -51,7 +51,7 @@ def _told(e: Engine) -> Told:
 async def _start(e: Engine) -> None:
     """Some is fetched ahead and read, some is read at once, some is fetched and never read."""
     async with trio.open_nursery() as nursery:
-        ahead = Ahead(Scheduler(), nursery)
+        ahead = PrefetchQueue(Scheduler(), nursery)
         await ahead.add(e.reader.fetcher, Plan(range(12)), Priority.PREFETCH).wait()
         nursery.cancel_scope.cancel()
     for name in list(FILES)[::3]:

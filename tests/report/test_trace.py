@@ -17,7 +17,7 @@ from lazysnap.fetch import trace
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.fetch.trace import Told, told
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from tests.fetch.engine import engine
 from tests.support import layers
 
@@ -62,7 +62,7 @@ async def test_a_reader_who_comes_before_the_prefetch_makes_it_urgent(tmp_path: 
     async with engine(LAYER, tmp_path) as e, trio.open_nursery() as nursery:
         e.source.gate = trio.Event()
         fetcher = e.reader.fetcher
-        ahead = Ahead(Scheduler(), nursery)
+        ahead = PrefetchQueue(Scheduler(), nursery)
         done = ahead.add(fetcher, Plan(range(5)), Priority.PREFETCH)
         await trio.testing.wait_all_tasks_blocked()
         async with trio.open_nursery() as readers:

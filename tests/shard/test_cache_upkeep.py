@@ -10,7 +10,7 @@ import trio
 
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.shard.cache_upkeep import Settling
 
 _EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
@@ -18,7 +18,7 @@ _EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
 
 async def test_changes_that_the_kernel_could_not_tell_are_found(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path))
-    contents = Contents(cache)
+    contents = OpenFiles(cache)
     keys = []
     for number in range(4):
         data = b"%d" % number * 1000

@@ -13,13 +13,13 @@ import trio
 from lazysnap import channel
 from lazysnap.cache import Cache
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
-from lazysnap.prefetch.queue import Ahead
+from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.shard.library_prefetch import Linking
 from lazysnap.shard.mounted_layers import MountedLayers
 from tests.fetch.engine import MemorySource, make_fetcher
@@ -37,7 +37,7 @@ class Shards:
         self.root = root
         self.nursery = nursery
         self.blobs: dict[str, Layer] = {}
-        self.contents = Contents(Cache(str(root / "cache")))
+        self.contents = OpenFiles(Cache(str(root / "cache")))
         self.layers: dict[int, MountedLayers] = {}
         self.linking: dict[int, Linking] = {}
 
@@ -64,7 +64,7 @@ class Shards:
             return LayerReader(index, self.contents, fetcher, begun=begun)
 
         layers = self.layers[number] = MountedLayers(str(self.root), number, make_reader)
-        linking = Linking(layers, Ahead(scheduler, self.nursery), self.nursery)
+        linking = Linking(layers, PrefetchQueue(scheduler, self.nursery), self.nursery)
         self.linking[number] = linking
         socket = str(self.root / "shards" / f"{number}.sock")
         await self.nursery.start(channel.serve, socket, {"link": linking.link})

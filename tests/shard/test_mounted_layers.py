@@ -14,7 +14,7 @@ import trio.testing
 from lazysnap.cache import Cache
 from lazysnap.errors import Internal
 from lazysnap.fetch.layer_reader import LayerReader
-from lazysnap.fetch.open_files import Contents
+from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
@@ -41,7 +41,7 @@ def _resident(path: str) -> int:
 
 
 def _readers(
-    layer: layers.Layer, contents: Contents, nursery: trio.Nursery
+    layer: layers.Layer, contents: OpenFiles, nursery: trio.Nursery
 ) -> Callable[[LayerOrigin, LayerIndex], LayerReader]:
     """Makes readers of a layer that is in memory."""
 
@@ -62,7 +62,7 @@ async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_p
     layer = layers.estargz([layers.file("f", b"content")])
     cache = Cache(str(tmp_path / "cache"))
     (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
-    contents = Contents(cache)
+    contents = OpenFiles(cache)
     made = []
     async with trio.open_nursery() as nursery:
         reader_of = _readers(layer, contents, nursery)
@@ -89,7 +89,7 @@ async def test_a_reader_is_held_without_a_slot(tmp_path: Path) -> None:
     layer = layers.estargz([layers.file("f", b"content")])
     cache = Cache(str(tmp_path / "cache"))
     (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
-    contents = Contents(cache)
+    contents = OpenFiles(cache)
     record = SlotRecord(
         slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
     )
@@ -126,7 +126,7 @@ async def test_an_index_takes_memory_only_while_it_is_read(
     cache = Cache(str(tmp_path / "cache"))
     path = tmp_path / "cache" / "index" / "i"
     path.write_bytes(encode(build(toc_of(layer))))
-    contents = Contents(cache)
+    contents = OpenFiles(cache)
     async with trio.open_nursery() as nursery:
         make_reader = _readers(layer, contents, nursery)
         record = SlotRecord(

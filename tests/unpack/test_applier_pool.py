@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from lazysnap.errors import DigestMismatch, FormatError, Internal, RegistryUnreachable
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from lazysnap.unpack.process import Job
 from tests.support.tar_entries import file
 from tests.unpack.corpus import compressed, digest, pack
@@ -43,7 +43,7 @@ def _job(blob: bytes, target: Path, **more: object) -> Job:
 async def test_a_layer_is_unpacked(tmp_path: Path) -> None:
     tar = pack([file("a/f", os.urandom(2 << 20), mode=0o666), file("g", b"x")])
     blob = compressed(tar, "gzip")
-    answer = await Appliers(1).apply(_job(blob, tmp_path / "t"), _pieces(blob))
+    answer = await ApplierPool(1).apply(_job(blob, tmp_path / "t"), _pieces(blob))
     assert (answer.diff_id, answer.size, answer.entries) == (str(digest(tar)), len(tar), 2)
     assert (tmp_path / "t/a/f").stat().st_mode & 0o777 == 0o666
 
@@ -51,12 +51,12 @@ async def test_a_layer_is_unpacked(tmp_path: Path) -> None:
 async def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
     large = pack([file("f", os.urandom(8 << 20))])
     with pytest.raises(FormatError, match="more than") as caught:
-        await Appliers(1).apply(_job(large, tmp_path / "t", most_bytes=1000), _pieces(large))
+        await ApplierPool(1).apply(_job(large, tmp_path / "t", most_bytes=1000), _pieces(large))
     assert caught.value.reason == "too-big"
     job = _job(large, tmp_path / "t")
     job.digest = str(digest(b"another"))
     with pytest.raises(DigestMismatch):
-        await Appliers(1).apply(job, _pieces(large))
+        await ApplierPool(1).apply(job, _pieces(large))
     assert list((tmp_path / "t").iterdir()) == []
 
 
@@ -69,7 +69,7 @@ async def test_a_registry_that_fails_on_the_way(tmp_path: Path) -> None:
 
     async with contextlib.aclosing(broken()) as pieces:
         with pytest.raises(RegistryUnreachable):
-            await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
+            await ApplierPool(1).apply(_job(blob, tmp_path / "t"), pieces)
 
 
 async def test_an_early_end_is_no_end(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ async def test_an_early_end_is_no_end(tmp_path: Path) -> None:
 
     async with contextlib.aclosing(short()) as pieces:
         with trio.move_on_after(1):
-            await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
+            await ApplierPool(1).apply(_job(blob, tmp_path / "t"), pieces)
             pytest.fail("an answer without all of the bytes")
 
 
@@ -112,7 +112,7 @@ async def test_a_process_that_is_killed(tmp_path: Path) -> None:
         ):
             nursery.start_soon(kill)
             with pytest.raises((FormatError, Internal)):
-                await Appliers(1).apply(_job(blob, tmp_path / "t"), pieces)
+                await ApplierPool(1).apply(_job(blob, tmp_path / "t"), pieces)
     assert _children() <= before
 
 
@@ -128,7 +128,7 @@ async def test_cancelling_ends_the_process(tmp_path: Path) -> None:
         contextlib.aclosing(_hanging_after(blob)) as pieces,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(Appliers(1).apply, _job(blob, tmp_path / "t"), pieces)
+        nursery.start_soon(ApplierPool(1).apply, _job(blob, tmp_path / "t"), pieces)
         with trio.fail_after(_SECONDS):
             while _children() <= before:
                 await trio.sleep(0.01)

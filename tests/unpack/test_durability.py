@@ -29,7 +29,7 @@ from lazysnap.snapshotter.interfaces import LayerBlob
 from lazysnap.snapshotter.snapshotter import Settings, Snapshotter
 from lazysnap.store.snapshots import SnapshotStore
 from lazysnap.unpack.applier import apply
-from lazysnap.unpack.applier_pool import Appliers
+from lazysnap.unpack.applier_pool import ApplierPool
 from lazysnap.unpack.process import Answer, Job
 from tests.support import tree
 from tests.support.filesystems import make_image, mounted, tmpfs
@@ -51,7 +51,7 @@ class _Local(LayerUnpacker):
     """Layers from memory instead of a registry; the label's value tells which."""
 
     def __init__(self) -> None:
-        self._appliers = Appliers(1)
+        self._appliers = ApplierPool(1)
         self.tars: dict[str, bytes] = {}
 
     async def find(self, labels: Mapping[str, str]) -> LayerBlob:
