@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's blob of which the end need not be fetched, as it came with the table of contents.
 
-Knows nothing of members: any range that ends within the seed (see `seed`) takes from it what it can.
+Knows nothing of members: any range that ends within the tail (see `blob_tail`) takes from it what it can.
 
-Invariant: a byte comes from the seed at most once in a process. Whoever asks for it again found it
+Invariant: a byte comes from the tail at most once in a process. Whoever asks for it again found it
 wrong, and the network may have a better one; or the cache has lost it, which can happen to any byte.
 """
 
@@ -25,11 +25,11 @@ _PIECE = 256 << 10
 
 
 class TailSource:
-    """A source that asks another one only for what is not in a seed.
+    """A source that asks another one only for what is not in a tail.
 
     Args:
         source: the blob.
-        index_path: of the layer's index; the seed is beside it, if there is one.
+        index_path: of the layer's index; the tail is beside it, if there is one.
         counters: of whoever reads from this; a request that was not needed is taken off.
     """
 
@@ -37,7 +37,7 @@ class TailSource:
         self._source = source
         self._path = index_path + INDEX_TAIL
         self._counters = counters
-        self._seed: BlobTail | None = None
+        self._tail: BlobTail | None = None
         self._looked = False
         self._used: list[tuple[int, int]] = []
 
@@ -57,26 +57,26 @@ class TailSource:
                 yield _Joined(self, stream, begin, data)
 
     async def _held(self, start: int, stop: int) -> tuple[int, bytes]:
-        """The end of a range as far as the seed has it, and where in the blob that begins."""
+        """The end of a range as far as the tail has it, and where in the blob that begins."""
         if not self._looked:
             # Twice at most when two requests come at once, with the same result.
-            self._seed = await trio.to_thread.run_sync(open_tail, self._path)
+            self._tail = await trio.to_thread.run_sync(open_tail, self._path)
             self._looked = True
-        seed = self._seed
-        if seed is None or not seed.start < stop <= seed.stop:
+        tail = self._tail
+        if tail is None or not tail.start < stop <= tail.stop:
             return stop, b""
-        begin = max(start, seed.start)
+        begin = max(start, tail.start)
         if any(begin < used_stop and used < stop for used, used_stop in self._used):
             return stop, b""
-        data = await trio.to_thread.run_sync(read_tail, seed, begin, stop)
+        data = await trio.to_thread.run_sync(read_tail, tail, begin, stop)
         if data is None:
-            _log.debug("seed is gone", path=self._path)
-            self._seed = None
+            _log.debug("tail is gone", path=self._path)
+            self._tail = None
             return stop, b""
         return begin, data
 
     def give(self, start: int, size: int) -> None:
-        """Note that bytes of the seed are handed out now."""
+        """Note that bytes of the tail are handed out now."""
         used = self._used
         if used and used[-1][1] == start:
             used[-1] = used[-1][0], start + size
@@ -85,7 +85,7 @@ class TailSource:
 
 
 class _Joined:
-    """The bytes of a stream, if there is one, then those of the seed."""
+    """The bytes of a stream, if there is one, then those of the tail."""
 
     def __init__(
         self, owner: TailSource, stream: AsyncIterator[bytes] | None, begin: int, data: bytes

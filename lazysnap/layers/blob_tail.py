@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of a blob that came along with its table of contents, kept for whoever wants the members in them.
 
-A *seed* is a file beside the index, `<index name>.tail`: a header (magic, blob offset of the first
+A *tail* is a file beside the index, `<index name>.tail`: a header (magic, blob offset of the first
 byte, SHA-256 of that offset and the bytes) and the bytes. It is only a saving: one that is missing or
 damaged is as good as none. The bytes deserve no more trust than those that a registry sends, and are
 checked by the digests of their chunks like these. Knows nothing of trio, as builders must start fast.
 
-Invariant: a seed that can be seen under its name was written by one process, all of it.
+Invariant: a tail that can be seen under its name was written by one process, all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAGIC = b"lazytail"
 
 @dataclass(frozen=True, slots=True)
 class BlobTail:
-    """What a seed file holds.
+    """What a tail file holds.
 
     Attributes:
         path: of the file.
@@ -40,7 +40,7 @@ class BlobTail:
 
 
 def write_tail(path: str, start: int, data: bytes | memoryview) -> None:
-    """Store a seed, if it can be stored and is of a fair size.
+    """Store a tail, if it can be stored and is of a fair size.
 
     Not synced: after a power cut the digest tells whether the bytes are there.
 
@@ -64,7 +64,7 @@ def write_tail(path: str, start: int, data: bytes | memoryview) -> None:
 
 
 def open_tail(path: str) -> BlobTail | None:
-    """Read all of a seed and check it; None if there is none that can be used."""
+    """Read all of a tail and check it; None if there is none that can be used."""
     try:
         with open(path, "rb") as file:
             packed = file.read(_HEADER.size + SIZE_MOST + 1)
@@ -79,16 +79,16 @@ def open_tail(path: str) -> BlobTail | None:
     return BlobTail(path, start, start + len(data), header)
 
 
-def read_tail(seed: BlobTail, start: int, stop: int) -> bytes | None:
-    """Bytes `start` to `stop` (exclusive) of the blob, which lie within the seed; None if it is gone."""
+def read_tail(tail: BlobTail, start: int, stop: int) -> bytes | None:
+    """Bytes `start` to `stop` (exclusive) of the blob, which lie within the tail; None if it is gone."""
     try:
-        fd = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(tail.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if os.pread(fd, _HEADER.size, 0) != seed.header:
+        if os.pread(fd, _HEADER.size, 0) != tail.header:
             return None
-        data = os.pread(fd, stop - start, _HEADER.size + start - seed.start)
+        data = os.pread(fd, stop - start, _HEADER.size + start - tail.start)
     except OSError:
         return None
     finally:

@@ -45,8 +45,8 @@ class Job(msgspec.Struct, kw_only=True):
     Attributes:
         path: where the index goes.
         tree: where the image of the tree goes, see `lazysnap.layers.tree_images`; empty for nowhere.
-        seed: where the members go that come with the table of contents, see `lazysnap.layers.blob_tail`;
-            empty for nowhere.
+        tail_path: where the members go that come with the table of contents, see
+            `lazysnap.layers.blob_tail`; empty for nowhere.
         blob_size: of the blob, in bytes.
         annotations: of the layer's descriptor.
         media_type: of the layer's descriptor, may be empty.
@@ -56,7 +56,7 @@ class Job(msgspec.Struct, kw_only=True):
 
     path: str
     tree: str = ""
-    seed: str = ""
+    tail_path: str = msgspec.field(name="seed", default="")  # the name for builders of old releases
     blob_size: int
     annotations: dict[str, str] = {}
     media_type: str = ""
@@ -92,9 +92,9 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
     data = encode(layer)
     aside = f"{job.path}.new-{os.getpid()}"
     # Before the index: whoever finds an index does not build it again, and would never have a tail.
-    if job.seed:
+    if job.tail_path:
         members = memoryview(tail)[: max(location.data_end - tail_start, 0)]
-        write_tail(job.seed, tail_start, members)
+        write_tail(job.tail_path, tail_start, members)
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -102,7 +102,7 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
             os.fsync(file.fileno())
         os.rename(aside, job.path)
     except OSError as error:
-        for path in filter(None, (aside, job.seed)):
+        for path in filter(None, (aside, job.tail_path)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         raise Internal(f"cannot store the index: {error}") from error

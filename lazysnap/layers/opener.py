@@ -272,7 +272,7 @@ class Opener:
         job = Job(
             path=self._path(name),
             tree=os.path.join(self._trees, tree_name(name)) if self._trees else "",
-            seed=self._path(name) + INDEX_TAIL,
+            tail_path=self._path(name) + INDEX_TAIL,
             blob_size=tail.size,
             annotations=dict(source.annotations),
             media_type=media_type,

@@ -20,7 +20,7 @@ START, STOP = 300_000, 900_000
 
 
 class Scene:
-    """A seeded source, read as a fetcher reads."""
+    """A source with a tail, read as a fetcher reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,7 +76,7 @@ async def test_only_what_is_not_held_is_asked_for(
     assert await scene.read(*wanted) == asked
 
 
-async def test_bytes_come_from_the_seed_once(scene: Scene) -> None:
+async def test_bytes_come_from_the_tail_once(scene: Scene) -> None:
     """What is asked for again was wrong, and must not come from the same place for ever."""
     assert await scene.read(400_000, 500_000) == []
     assert await scene.read(450_000, 460_000) == [(450_000, 460_000)]
@@ -88,7 +88,7 @@ async def test_bytes_come_from_the_seed_once(scene: Scene) -> None:
     assert await scene.read(START, STOP) == []
 
 
-async def test_what_was_not_handed_out_still_comes_from_the_seed(scene: Scene) -> None:
+async def test_what_was_not_handed_out_still_comes_from_the_tail(scene: Scene) -> None:
     def broken(data: bytes) -> bytes:
         raise RegistryUnreachable("gone")
 
@@ -121,17 +121,17 @@ _DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", _DAMAGE)
-async def test_without_a_whole_seed_all_comes_from_the_network(scene: Scene, damage: str) -> None:
+async def test_without_a_whole_tail_all_comes_from_the_network(scene: Scene, damage: str) -> None:
     scene.path.write_bytes(_DAMAGE[damage](scene.path.read_bytes()))
     assert await scene.read(START, STOP) == [(START, STOP)]
 
 
-async def test_no_seed_is_no_error(scene: Scene) -> None:
+async def test_no_tail_is_no_error(scene: Scene) -> None:
     scene.path.unlink()
     assert await scene.read(START - 5, STOP) == [(START - 5, STOP)]
 
 
-async def test_a_seed_that_goes_or_changes_while_it_is_used(scene: Scene) -> None:
+async def test_a_tail_that_goes_or_changes_while_it_is_used(scene: Scene) -> None:
     assert await scene.read(START, START + 10) == []
     write_tail(str(scene.path), START + 10, BLOB[START + 10 : STOP])
     assert await scene.read(START + 10, START + 20) == [(START + 10, START + 20)]
@@ -144,16 +144,16 @@ async def test_a_seed_that_goes_or_changes_while_it_is_used(scene: Scene) -> Non
 def test_what_cannot_be_stored_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     write_tail(str(tmp_path / "directory"), 0, b"data")
-    write_tail(str(tmp_path / "missing" / "seed"), 0, b"data")
+    write_tail(str(tmp_path / "missing" / "tail"), 0, b"data")
     write_tail(str(tmp_path / "empty"), 0, b"")
     write_tail(str(tmp_path / "large"), 0, bytes(SIZE_MOST + 1))
     assert os.listdir(tmp_path) == ["directory"]
 
 
-def test_the_largest_seed(tmp_path: Path) -> None:
-    path = str(tmp_path / "seed")
+def test_the_largest_tail(tmp_path: Path) -> None:
+    path = str(tmp_path / "tail")
     write_tail(path, 1 << 40, bytes(SIZE_MOST))
-    seed = open_tail(path)
-    assert seed is not None
-    assert (seed.start, seed.stop) == (1 << 40, (1 << 40) + SIZE_MOST)
-    assert read_tail(seed, seed.stop - 3, seed.stop) == bytes(3)
+    tail = open_tail(path)
+    assert tail is not None
+    assert (tail.start, tail.stop) == (1 << 40, (1 << 40) + SIZE_MOST)
+    assert read_tail(tail, tail.stop - 3, tail.stop) == bytes(3)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -439,3 +440,10 @@ async def test_a_bomb_is_refused_in_time(bench: Bench) -> None:
     label = {oci.TOC_DIGEST: str(Digest.of(b"whatever"))}
     with trio.fail_after(120):
         assert await _reason(bench, bench.source(layer, annotations=label)) == "invalid-format"
+
+
+def test_builders_of_old_releases_are_told_of_the_tail_by_its_old_name() -> None:
+    """Between an upgrade and the restart, a daemon and its builders are not of one release."""
+    job = Job(path="index", tail_path="index.tail", blob_size=1)
+    assert msgspec.to_builtins(job)["seed"] == "index.tail"
+    assert msgspec.convert({"path": "index", "seed": "x", "blob_size": 1}, Job).tail_path == "x"
