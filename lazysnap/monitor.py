@@ -68,7 +68,9 @@ class Monitor:
             return render(added(sample, registry_sample(self._registry)), gauges)
 
     async def _ask(self) -> Mapping[str, Mapping[str, float]]:
-        answers = await self._supervisor.call_all("metrics", timeout=_SHARD_SECONDS)
+        answers = await self._supervisor.ask_all(
+            lambda each: each.metrics(), timeout=_SHARD_SECONDS
+        )
         gauges: dict[str, dict[str, float]] = {
             families.INFO: {lazysnap.__version__: 1},
             families.LAZY_LAYERS: {"": self._layers()},
@@ -78,9 +80,9 @@ class Monitor:
             gauges[families.SHARDS]["down" if answer is None else "up"] += 1
             if answer is None:
                 continue
-            young = answer["started"] >= self._started
-            self._totals.note(shard, answer["process"], answer["sample"], whole=young)
-            for name, number in answer["gauges"].items():
+            young = answer.started >= self._started
+            self._totals.note(shard, answer.process, answer.sample, whole=young)
+            for name, number in answer.gauges.items():
                 of = gauges.setdefault(name, {"": 0})
                 of[""] += number
         return gauges

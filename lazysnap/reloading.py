@@ -70,7 +70,9 @@ class Reload:
         log.setup(config.log_level, config.log_format)
         write_settings(self._root, self._settings_for_shards(config))
         self._registry.apply(registry_settings(config))
-        answers = await self._supervisor.call_all("reload", timeout=_RELOAD_SECONDS)
+        answers = await self._supervisor.ask_all(
+            lambda each: each.reload(), timeout=_RELOAD_SECONDS
+        )
         for shard in (number for number, answer in answers.items() if answer is None):
             # The next worker reads them anyway.
             _log.warning("shard goes on with the settings it has", shard=shard)

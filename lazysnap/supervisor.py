@@ -14,21 +14,24 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import trio
 
 import lazysnap
-from lazysnap import channel, log, mounts
+from lazysnap import log, mounts
 from lazysnap.errors import Internal, LazysnapError, Unavailable
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.paths import Root
+from lazysnap.shard.calls import Who, WorkerCalls
+from lazysnap.shard.client import connect
 from lazysnap.shard.settings import FIRST_XATTR_SHARD
 
 _log = log.get(__name__)
+T = TypeVar("T")
 _START_SECONDS = 30.0
 _PING_SECONDS = 2.0
 _WATCH_SECONDS = 5.0
@@ -179,30 +182,20 @@ class Supervisor:
             if not self._kept(number):
                 await self._start_keeper(number)
             who = await self._wait(number)
-            if who["version"] != lazysnap.__version__:
-                _log.info("worker of another release is replaced", shard=number, was=who["version"])
-                await self.call(number, "restart")
+            if who.version != lazysnap.__version__:
+                _log.info("worker of another release is replaced", shard=number, was=who.version)
+                await self.worker(number).restart()
                 counts.add(families.SHARD_RESTARTS, "release")
-                await self._wait(number, not_pid=who["pid"])
+                await self._wait(number, not_pid=who.pid)
 
-    async def call(
-        self, shard: int, name: str, *, timeout: float = _PING_SECONDS, **args: Any
-    ) -> Any:
-        """Call a worker; one that was just replaced is waited for.
+    def worker(self, shard: int, *, timeout: float = _PING_SECONDS) -> WorkerCalls:
+        """The calls of a shard's worker; they wait for one that was just replaced.
 
-        Raises:
-            Unavailable: there was no answer within `timeout` seconds.
-            LazysnapError: what the worker raised.
+        Args:
+            shard: number.
+            timeout: seconds until a call must have been answered.
         """
-        deadline = trio.current_time() + timeout
-        while True:
-            left = max(deadline - trio.current_time(), 0.01)
-            try:
-                return await channel.call(self._socket(shard), name, timeout=left, **args)
-            except Unavailable:
-                if trio.current_time() + 0.05 > deadline:
-                    raise
-                await trio.sleep(0.02)
+        return connect(self._socket(shard), timeout=timeout, patient=True)
 
     async def watch(self) -> None:
         """Look after all shards for ever.
@@ -237,32 +230,31 @@ class Supervisor:
 
     async def _answers(self, shard: _Shard) -> bool:
         try:
-            who = await self.call(shard.number, "ping")
+            who = await self.worker(shard.number).ping()
         except LazysnapError:
             return False
-        if shard.worker not in (0, who["pid"]):
+        if shard.worker not in (0, who.pid):
             _log.warning("worker was replaced", shard=shard.number, was=shard.worker)
             counts.add(families.SHARD_RESTARTS, "died")
-        shard.worker = who["pid"]
+        shard.worker = who.pid
         return True
 
-    async def call_all(
-        self, name: str, *, timeout: float = _PING_SECONDS, **args: Any
-    ) -> dict[int, Any]:
+    async def ask_all(
+        self, ask: Callable[[WorkerCalls], Awaitable[T]], *, timeout: float = _PING_SECONDS
+    ) -> dict[int, T | None]:
         """What all shards answer; None for one that does not, or answers an error.
 
         Args:
-            name: of the call.
+            ask: makes the call.
             timeout: longest wait, in seconds.
-            args: of the call.
         """
-        answers: dict[int, Any] = {}
+        answers: dict[int, T | None] = {}
 
         async def one(number: int) -> None:
             try:
-                answers[number] = await self.call(number, name, timeout=timeout, **args)
+                answers[number] = await ask(self.worker(number, timeout=timeout))
             except LazysnapError as error:
-                _log.debug("shard does not answer", shard=number, call=name, error=error)
+                _log.debug("shard does not answer", shard=number, error=error)
                 answers[number] = None
 
         async with trio.open_nursery() as nursery:
@@ -360,13 +352,13 @@ class Supervisor:
         except (OSError, subprocess.SubprocessError) as error:
             raise Internal(f"the keeper of shard {number} cannot be started: {error}") from error
 
-    async def _wait(self, number: int, *, not_pid: int = 0) -> Mapping[str, Any]:
+    async def _wait(self, number: int, *, not_pid: int = 0) -> Who:
         with trio.move_on_after(_START_SECONDS):
             while True:
                 with contextlib.suppress(Unavailable):
-                    who: Mapping[str, Any] = await self.call(number, "ping", timeout=0.5)
-                    if who["pid"] != not_pid:
-                        self._shards[number].worker = who["pid"]
+                    who = await self.worker(number, timeout=0.5).ping()
+                    if who.pid != not_pid:
+                        self._shards[number].worker = who.pid
                         return who
                 await trio.sleep(0.01)
         raise Unavailable(

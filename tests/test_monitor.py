@@ -182,7 +182,7 @@ async def test_a_read_hangs_after_half_a_minute(monkeypatch: pytest.MonkeyPatch)
     waiting = {object(): now - 1, object(): now - 29, object(): now - 31}
     monkeypatch.setattr(activity, "waiting", waiting)
     async with Registry() as registry:
-        gauges = reporting.metrics(registry, now)["gauges"]
+        gauges = reporting.metrics(registry, now).gauges
     assert (gauges[READS_IN_FLIGHT], gauges[READS_HUNG]) == (3, 1)
 
 

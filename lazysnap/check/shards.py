@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
 import lazysnap
-from lazysnap import channel, mounts
+from lazysnap import mounts
 from lazysnap.check.finding import Context, Finding, Probe, failure, info, warning
 from lazysnap.check.state import ask_file_system, running_daemon, runs, slots
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.slots import SlotRecord
+from lazysnap.shard.calls import Health, HealthState, Who, WorkerCalls
+from lazysnap.shard.client import connect
 
 # Long: a worker that is busy is not a dead one.
 _CALL_SECONDS = 15.0
@@ -35,14 +36,13 @@ class Shard:
 
     number: int
     keeper: int
-    who: dict[str, Any] | None
+    who: Who | None
     slots: tuple[int, ...]
     problem: str = ""
 
 
-async def _call(context: Context, shard: int, name: str, seconds: float, **args: Any) -> Any:
-    path = context.paths.shard_socket(shard)
-    return await channel.call(path, name, timeout=seconds, **args)
+def _worker(context: Context, shard: int, seconds: float) -> WorkerCalls:
+    return connect(context.paths.shard_socket(shard), timeout=seconds)
 
 
 def _numbers(context: Context, records: Sequence[SlotRecord]) -> set[int]:
@@ -57,7 +57,7 @@ async def shards(context: Context) -> list[Shard]:
     async def one(number: int) -> None:
         who, problem = None, ""
         try:
-            who = await _call(context, number, "ping", _CALL_SECONDS)
+            who = await _worker(context, number, _CALL_SECONDS).ping()
         except LazysnapError as error:
             problem = str(error)
         mine = tuple(record.slot for record in records if record.shard == number)
@@ -112,15 +112,15 @@ def judge(shard: Shard, daemon: bool) -> Finding | None:
             "lazysnap serve replaces it within half a minute: "
             + ("if it does not, see its log" if daemon else "start it"),
         )
-    if shard.keeper != shard.who["keeper"]:
+    if shard.keeper != shard.who.keeper:
         return warning(
-            f"the worker of {name} (pid {shard.who['pid']}) has no keeper",
+            f"the worker of {name} (pid {shard.who.pid}) has no keeper",
             "it will not be replaced when it ends, and its containers get errors then",
             "stop its containers when that suits, kill the worker, restart lazysnap serve",
         )
-    if shard.who["version"] != lazysnap.__version__:
+    if shard.who.version != lazysnap.__version__:
         return warning(
-            f"{name} runs release {shard.who['version']}, installed is {lazysnap.__version__}",
+            f"{name} runs release {shard.who.version}, installed is {lazysnap.__version__}",
             "what the new release fixes is still broken",
             "restart lazysnap serve: it replaces workers without breaking reads",
         )
@@ -162,30 +162,29 @@ async def layers(context: Context) -> list[Finding]:
     found: list[Finding] = []
 
     async def one(shard: Shard) -> None:
+        worker = _worker(context, shard.number, _HEALTH_SECONDS)
         try:
-            health = await _call(
-                context, shard.number, "health", _HEALTH_SECONDS, slots=list(shard.slots)
-            )
+            health = await worker.health(shard.slots)
         except LazysnapError as error:
             found.append(warning(f"shard {shard.number} does not report its layers: {error}"))
             return
         usable = []
         for slot in shard.slots:
-            state = health.get(slot, {"state": "failed", "detail": "their state is not known"})
-            bad = judge_layer(_name(records[slot]), state["state"], state["detail"])
+            known = health.get(slot, Health(HealthState.FAILED, "their state is not known"))
+            bad = judge_layer(_name(records[slot]), known)
             found.extend(bad)
             if not bad:
                 usable.append(slot)
         try:
             # One that cannot be loaded would fail the whole call.
-            numbers = await _call(context, shard.number, "status", _HEALTH_SECONDS, slots=usable)
+            numbers = await worker.status(usable)
         except LazysnapError as error:
             found.append(warning(f"shard {shard.number} does not report its errors: {error}"))
             return
         for row in numbers:
-            if row["errors"]:
-                name, last = _name(records[row["slot"]]), row["last_error"]
-                text = f"{name} had {row['errors']} errors, the last: {last}"
+            if row.errors:
+                name = _name(records[row.slot])
+                text = f"{name} had {row.errors} errors, the last: {row.last_error}"
                 found.append(info(text, "it can be read now, but readers may have seen the errors"))
 
     async with trio.open_nursery() as nursery:
@@ -199,19 +198,20 @@ def _name(record: SlotRecord) -> str:
     return f"layer {record.layer_digest} of {record.reference}"
 
 
-def judge_layer(name: str, state: str, detail: str) -> list[Finding]:
-    """What it means that the `health` of a layer is this; see `Worker.health`."""
+def judge_layer(name: str, health: Health) -> list[Finding]:
+    """What the health of a layer means."""
     cure = "check the network and the node's credentials (docker login)"
-    if state == "failed":
+    detail = health.detail
+    if health.state is HealthState.FAILED:
         why = "readers get errors"
         return [
             failure(
                 f"{name} cannot be served: {detail}", why, "remove the image, and pull it again"
             )
         ]
-    if state == "unreachable":
+    if health.state is HealthState.UNREACHABLE:
         return [failure(f"{name} cannot be read: {detail}", "its image cannot be started", cure)]
-    if state == "degraded":
+    if health.state is HealthState.DEGRADED:
         why = "what is in the cache can be read, the rest cannot"
         return [warning(f"{name} cannot be fetched now: {detail}", why, cure)]
     return []

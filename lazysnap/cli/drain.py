@@ -16,7 +16,7 @@ from typing import Any
 import click
 import trio
 
-from lazysnap import channel, config_file, log
+from lazysnap import config_file, log
 from lazysnap.cli import interrupt
 from lazysnap.cli.options import config_option, root_option
 from lazysnap.cli.root_state import inquire
@@ -26,6 +26,7 @@ from lazysnap.errors import LazysnapError, NotFound
 from lazysnap.paths import Root
 from lazysnap.quantities import bytes_text
 from lazysnap.reference import Reference
+from lazysnap.shard.client import connect
 
 _CALL_SECONDS = 30.0
 _POLL_SECONDS = 0.5
@@ -158,20 +159,20 @@ class _Drain:
             await trio.sleep(_POLL_SECONDS)
 
     async def _ask(self, shard: int) -> None:
-        path = Root(self._root).shard_socket(shard)
+        worker = connect(Root(self._root).shard_socket(shard), timeout=_CALL_SECONDS)
         for layer in self._layers.values():
             if layer["shard"] != shard or layer["complete"]:
                 continue
             slots = [layer["slot"]]
             try:
-                await channel.call(path, "drain", timeout=_CALL_SECONDS, slots=slots)
-                (state,) = await channel.call(path, "status", timeout=_CALL_SECONDS, slots=slots)
+                await worker.drain(slots)
+                (state,) = await worker.status(slots)
             except LazysnapError as error:
                 layer["lastError"] = str(error)
                 continue
-            layer["bytes"], layer["localBytes"] = state["bytes"], state["local_bytes"]
-            layer["complete"] = state["local_files"] == state["files"]
-            layer["lastError"] = "" if layer["complete"] else state["last_error"]
+            layer["bytes"], layer["localBytes"] = state.bytes, state.local_bytes
+            layer["complete"] = state.local_files == state.files
+            layer["lastError"] = "" if layer["complete"] else state.last_error
 
 
 class _Show:

@@ -14,10 +14,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import trio
 
-from lazysnap import channel, oci
+from lazysnap import oci
 from lazysnap.containerd.client import Containerd
 from lazysnap.digest import Digest
 from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFound
@@ -25,6 +24,8 @@ from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.paths import Root
 from lazysnap.platforms import Platform
 from lazysnap.prefetch.profile import Profile, Read, from_reads
+from lazysnap.shard.calls import WorkerCalls
+from lazysnap.shard.client import connect
 
 _DOCUMENT_LIMIT = 8 << 20
 _CALL_SECONDS = 30.0
@@ -96,7 +97,7 @@ async def record(
     since = time.monotonic()
     try:
         for shard, slots in shards.items():
-            await _call(root, shard, "record", slots=slots, since=since, fresh=True)
+            await _worker(root, shard).record(slots, since, fresh=True)
         await _run(image.name, command, ctr, snapshotter, seconds)
     except BaseException:
         with trio.CancelScope(shield=True), contextlib.suppress(LazysnapError):
@@ -114,11 +115,11 @@ async def _recorded(
     failed: LazysnapError | None = None
     for shard, slots in shards.items():
         try:
-            found = await _call(root, shard, "recorded", slots=slots, since=since)
+            found = await _worker(root, shard).recorded(slots, since)
         except LazysnapError as error:
             failed = error
         else:
-            layers.update({k: msgspec.convert(v, list[Read]) for k, v in found.items()})
+            layers.update(found)
     if failed is not None:
         raise failed
     return layers
@@ -143,12 +144,8 @@ def _shards(root: str, image: LocalImage) -> dict[int, list[int]]:
     return shards
 
 
-async def _call(root: str, shard: int, name: str, **arguments: object) -> Mapping[str, object]:
-    path = Root(root).shard_socket(shard)
-    answer: Mapping[str, object] = await channel.call(
-        path, name, timeout=_CALL_SECONDS, **arguments
-    )
-    return answer
+def _worker(root: str, shard: int) -> WorkerCalls:
+    return connect(Root(root).shard_socket(shard), timeout=_CALL_SECONDS)
 
 
 async def _run(

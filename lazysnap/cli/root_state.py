@@ -10,26 +10,27 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
-from lazysnap import channel
 from lazysnap.cache import Cache
 from lazysnap.cache.inventory import entries
 from lazysnap.check.finding import Context
 from lazysnap.check.state import running_daemon
 from lazysnap.cli.images import Image, Layer, images
 from lazysnap.errors import LazysnapError
-from lazysnap.fetch.coverage import local_share
+from lazysnap.fetch.coverage import LocalShare, local_share
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.layers.view import open_index
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample
 from lazysnap.metrics.totals import added
 from lazysnap.paths import Root
+from lazysnap.shard.calls import LayerStatus
+from lazysnap.shard.client import connect
 from lazysnap.store.reader import SnapshotReader
 from lazysnap.store.records import Attachment, Snapshot
 
@@ -41,12 +42,29 @@ CLASSES = ("demand", "prefetch", "background")
 SUMMED = ("bytes", "localBytes", "fetchedBytes", "requests", "errors")
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a layer: all of it, or only what the disk tells, or only why nothing is.
+
+    Attributes:
+        status: what its worker answers, if it does.
+        share: how much is local, if that is known.
+        bytes: size of the content of all files, if that is known.
+        error: why nothing is known.
+    """
+
+    status: LayerStatus | None = None
+    share: LocalShare | None = None
+    bytes: int | None = None
+    error: str = ""
+
+
 @dataclass
 class _Shards:
     """What the shards answered."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
-    layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[int, _Known] = field(default_factory=dict)
     sample: Sample = field(default_factory=dict)
     hung: int = 0
 
@@ -69,7 +87,7 @@ async def inquire(root: str) -> dict[str, Any]:
     found, others = images(snapshots, records, slots)
     described = [_image(image, records, answered.layers) for image in found]
     unique = {record.index: record.slot for record in records.values()}
-    counted = [_numbers(answered.layers.get(slot, {})) for slot in unique.values()]
+    counted = [_numbers(answered.layers.get(slot, _Known())) for slot in unique.values()]
     return {
         "root": root,
         "daemon": _daemon(root),
@@ -136,46 +154,44 @@ async def _ask_all(root: str, records: Mapping[int, SlotRecord]) -> _Shards:
 async def _ask(root: str, number: int, slots: Sequence[int], answered: _Shards) -> None:
     """What a shard says of itself and of its layers; as much of it as can be had."""
     path = Root(root).shard_socket(number)
+    worker = connect(path, timeout=_PING_SECONDS)
     shard: dict[str, Any] = {"shard": number, "error": "", "layers": len(slots)}
     answered.shards.append(shard)
     try:
-        who = await channel.call(path, "ping", timeout=_PING_SECONDS)
+        who = await worker.ping()
         shard |= {
-            "pid": who["pid"],
-            "version": who["version"],
-            "uptimeSeconds": round(who["uptime_seconds"], 1),
+            "pid": who.pid,
+            "version": who.version,
+            "uptimeSeconds": round(who.uptime_seconds, 1),
         }
-        told = await channel.call(path, "metrics", timeout=_PING_SECONDS)
-        answered.sample = added(answered.sample, told["sample"])
-        answered.hung += told["gauges"][families.READS_HUNG]
+        told = await worker.metrics()
+        answered.sample = added(answered.sample, told.sample)
+        answered.hung += int(told.gauges.get(families.READS_HUNG, 0))
     except LazysnapError as error:
         shard["error"] = str(error)
         return
     # One by one, as one that cannot be loaded fails the whole call.
+    worker = connect(path, timeout=_STATUS_SECONDS)
     for slot in slots:
         try:
-            (answer,) = await channel.call(path, "status", timeout=_STATUS_SECONDS, slots=[slot])
+            (status,) = await worker.status([slot])
         except LazysnapError as error:
-            answer = {"last_error": str(error)}
-        answered.layers[slot] = answer
+            answered.layers[slot] = _Known(error=str(error))
+            continue
+        share = LocalShare(status.local_files, status.files, status.local_bytes)
+        answered.layers[slot] = _Known(status, share, status.bytes)
 
 
-def _on_disk(root: str, record: SlotRecord) -> dict[str, Any]:
+def _on_disk(root: str, record: SlotRecord) -> _Known:
     """How much of a layer is local, without its shard."""
     cache = _open_cache(root)
     if cache is None:
-        return {}
+        return _Known()
     try:
         index = open_index(cache.paths.index(record.index))
     except LazysnapError as error:
-        return {"last_error": str(error)}
-    share = local_share(index, cache)
-    return {
-        "files": share.all_files,
-        "local_files": share.files,
-        "bytes": index.total_size,
-        "local_bytes": share.bytes,
-    }
+        return _Known(error=str(error))
+    return _Known(share=local_share(index, cache), bytes=index.total_size)
 
 
 def _open_cache(root: str) -> Cache | None:
@@ -213,7 +229,7 @@ def _network(answered: _Shards) -> dict[str, Any]:
 
 
 def _image(
-    image: Image, records: Mapping[int, SlotRecord], answers: Mapping[int, dict[str, Any]]
+    image: Image, records: Mapping[int, SlotRecord], answers: Mapping[int, _Known]
 ) -> dict[str, Any]:
     layers = [_layer(layer, records, answers) for layer in image.layers]
     return {
@@ -229,10 +245,11 @@ def _each(names: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _layer(
-    layer: Layer, records: Mapping[int, SlotRecord], answers: Mapping[int, dict[str, Any]]
+    layer: Layer, records: Mapping[int, SlotRecord], answers: Mapping[int, _Known]
 ) -> dict[str, Any]:
     record = records.get(layer.slot)
-    answer = answers.get(layer.slot, {})
+    known = answers.get(layer.slot, _Known())
+    status = known.status
     return {
         "layer": layer.digest,
         "snapshot": layer.snapshot,
@@ -242,22 +259,22 @@ def _layer(
         "slot": layer.slot or None,
         "shard": None if record is None else record.shard,
         "blobBytes": None if record is None else record.blob_size,
-        **_numbers(answer),
-        "lastError": answer.get("last_error") or "",
-        "lastReadSecondsAgo": answer.get("last_read_seconds_ago"),
+        **_numbers(known),
+        "lastError": known.error if status is None else status.last_error,
+        "lastReadSecondsAgo": None if status is None else status.last_read_seconds_ago,
     }
 
 
-def _numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
-    get: Callable[[str], Any] = answer.get
-    by_class = get("fetched_by_class") or {}
+def _numbers(known: _Known) -> dict[str, Any]:
+    share, status = known.share, known.status
+    by_class = {} if status is None else status.fetched_by_class
     return {
-        "files": get("files"),
-        "localFiles": get("local_files"),
-        "bytes": get("bytes"),
-        "localBytes": get("local_bytes"),
-        "fetchedBytes": get("fetched_bytes"),
+        "files": None if share is None else share.all_files,
+        "localFiles": None if share is None else share.files,
+        "bytes": known.bytes,
+        "localBytes": None if share is None else share.bytes,
+        "fetchedBytes": None if status is None else status.fetched_bytes,
         "fetched": {name: by_class.get(name, 0) for name in CLASSES},
-        "requests": get("requests"),
-        "errors": get("errors"),
+        "requests": None if status is None else status.requests,
+        "errors": None if status is None else status.errors,
     }

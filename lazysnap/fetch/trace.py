@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import msgspec
 
@@ -199,15 +198,6 @@ class Trace:
 def forgotten() -> int:
     """How many events of this process were dropped."""
     return _ring.noted - len(_ring.events)
-
-
-def told(answer: Any) -> list[Told]:
-    """The answer of a worker's call `trace`.
-
-    Raises:
-        msgspec.ValidationError: it is of another release.
-    """
-    return msgspec.convert(answer, list[Told])
 
 
 def label(priority: int) -> str:

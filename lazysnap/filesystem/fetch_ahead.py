@@ -8,7 +8,6 @@ what it has not begun to fetch.
 
 from __future__ import annotations
 
-import msgspec
 import trio
 
 from lazysnap import log
@@ -63,8 +62,5 @@ class FetchAhead:
             await self._finder.settled(source.manifest)
             reads = await self._learner.early_reads(source.manifest, layer.layer_digest)
             with self._supervisor.reserved(layer.layer_digest) as shard:
-                told = msgspec.to_builtins(layer)
-                await self._supervisor.call(
-                    shard, "expect", timeout=_CALL_SECONDS, layer=told, reads=reads
-                )
+                await self._supervisor.worker(shard, timeout=_CALL_SECONDS).expect(layer, reads)
                 await trio.sleep(EXPECTED_SECONDS)  # the shard waits as long

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import trio
@@ -22,6 +22,7 @@ from lazysnap.errors import LazysnapError
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.prefetch.profile import Profile, Read, from_reads
 from lazysnap.prefetch.profile_store import ProfileStore
+from lazysnap.shard.calls import WorkerCalls
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -126,9 +127,10 @@ class ProfileLearner:
                 continue
             if reads := profile.layers.get(record.layer_digest):
                 packed = msgspec.to_builtins(reads)
-                await self._supervisor.call(
-                    record.shard, "attach", timeout=_CALL_SECONDS, slot=record.slot, reads=packed
-                )
+                await self._worker(record.shard).attach(record.slot, packed)
+
+    def _worker(self, shard: int) -> WorkerCalls:
+        return self._supervisor.worker(shard, timeout=_CALL_SECONDS)
 
     async def _watch(self, manifest: str, chain: Sequence[SlotRecord]) -> None:
         by_shard: dict[int, list[int]] = {}
@@ -136,22 +138,18 @@ class ProfileLearner:
             by_shard.setdefault(record.shard, []).append(record.slot)
         since = time.monotonic()
         for shard, slots in by_shard.items():
-            await self._supervisor.call(
-                shard, "record", timeout=_CALL_SECONDS, slots=slots, since=since
-            )
+            await self._worker(shard).record(slots, since)
         with trio.move_on_after(self._seconds):
             await self._watching[manifest].wait()
         layers: dict[str, list[Read]] = {}
         failed: LazysnapError | None = None
         for shard, slots in by_shard.items():  # all of them, so that no shard goes on recording
             try:
-                found: Mapping[str, list[object]] = await self._supervisor.call(
-                    shard, "recorded", timeout=_CALL_SECONDS, slots=slots, since=since
-                )
+                found = await self._worker(shard).recorded(slots, since)
             except LazysnapError as error:
                 failed = error
             else:
-                layers.update(msgspec.convert(found, dict[str, list[Read]]))
+                layers.update(found)
         if failed is not None:
             raise failed
         profile = from_reads(manifest, (), layers)

@@ -40,6 +40,7 @@ from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.paths import Root
 from lazysnap.reference import Reference
+from lazysnap.shard.calls import Health, HealthState
 from lazysnap.snapshotter.interfaces import Attached, Lower
 from lazysnap.store.records import Attachment
 from lazysnap.supervisor import Supervisor
@@ -48,7 +49,6 @@ _log = log.get(__name__)
 _ATTACH_SECONDS = 10.0
 _HEALTH_SECONDS = 4.0
 _WARN_EVERY_SECONDS = 60.0
-_USABLE = ("local", "reachable", "degraded")
 
 
 class _Merged(NamedTuple):
@@ -116,14 +116,9 @@ class ShardFilesystem:
         self._supervisor.note(record.shard, record.layer_digest)
         try:
             await trio.to_thread.run_sync(write_slot, self._root, record)
-            await self._supervisor.call(
-                record.shard,
-                "attach",
-                timeout=_ATTACH_SECONDS,
-                slot=slot,
-                reads=await self._learner.reads(record),
-                reachable=opened.fetched,
-            )
+            reads = await self._learner.reads(record)
+            worker = self._supervisor.worker(record.shard, timeout=_ATTACH_SECONDS)
+            await worker.attach(slot, reads, reachable=opened.fetched)
             await self._deferred_mounts.show(opened, record, mountpoint)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -185,7 +180,7 @@ class ShardFilesystem:
         """Make sure that layers can serve reads; see `Filesystem`."""
         await self._deferred_mounts.settled(attached.attachment.slot for attached in chain)
         errors: list[LazysnapError] = []
-        health: dict[int, Mapping[str, str]] = {}
+        health: dict[int, Health] = {}
 
         async def check_one(shard: int) -> None:
             on_shard = [a for a in chain if a.attachment.shard == shard]
@@ -201,9 +196,7 @@ class ShardFilesystem:
             raise errors[0]
         self._judge(chain, health)
 
-    async def _check_shard(
-        self, shard: int, chain: Sequence[Attached]
-    ) -> Mapping[int, Mapping[str, str]]:
+    async def _check_shard(self, shard: int, chain: Sequence[Attached]) -> Mapping[int, Health]:
         slots = [attached.attachment.slot for attached in chain]
         try:
             health = await self._health(shard, slots)
@@ -211,13 +204,13 @@ class ShardFilesystem:
             _log.warning("shard does not answer, repairing it", shard=shard, error=error)
             await self._supervisor.ensure(shard)
             health = await self._health(shard, slots)
-        failed = [a for a in chain if health[a.attachment.slot]["state"] == "failed"]
+        failed = [a for a in chain if health[a.attachment.slot].state is HealthState.FAILED]
         if failed:
             # The record or the index may be gone; the database still knows what the slot serves.
             await trio.to_thread.run_sync(self._restore_records, failed)
             for attached in failed:
                 await self._restore_index(attached)
-            await self._supervisor.call(shard, "detach", slots=slots, reload=True)
+            await self._supervisor.worker(shard).detach(slots, reload=True)
             health = await self._health(shard, slots)
         if await trio.to_thread.run_sync(self._layer_mounts.restore, chain):
             raise Unavailable(
@@ -227,27 +220,26 @@ class ShardFilesystem:
             )
         return health
 
-    async def _health(self, shard: int, slots: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
-        answer: Mapping[int, Mapping[str, str]] = await self._supervisor.call(
-            shard, "health", timeout=_HEALTH_SECONDS, slots=slots
-        )
-        return answer
+    async def _health(self, shard: int, slots: Sequence[int]) -> Mapping[int, Health]:
+        return await self._supervisor.worker(shard, timeout=_HEALTH_SECONDS).health(slots)
 
-    def _judge(self, chain: Sequence[Attached], health: Mapping[int, Mapping[str, str]]) -> None:
+    def _judge(self, chain: Sequence[Attached], health: Mapping[int, Health]) -> None:
         """Refuse a chain that cannot serve, and warn of one that may not serve everything.
 
         A layer of which nothing is local is no reason to refuse, as long as other layers of the chain can
         serve: most starts read nothing at all from most layers.
         """
-        states = {slot: found["state"] for slot, found in health.items()}
+        states = {slot: found.state for slot, found in health.items()}
         self._local -= states.keys()
-        self._local |= {slot for slot, state in states.items() if state == "local"}
-        usable = any(state in _USABLE for state in states.values())
+        self._local |= {slot for slot, state in states.items() if state is HealthState.LOCAL}
+        usable = any(state.usable for state in states.values())
         now = trio.current_time()
         for attached in chain:
             slot, layer = attached.attachment.slot, attached.attachment.layer_digest
-            detail = health[slot]["detail"]
-            if states[slot] == "failed" or (states[slot] == "unreachable" and not usable):
+            detail = health[slot].detail
+            if states[slot] is HealthState.FAILED or (
+                states[slot] is HealthState.UNREACHABLE and not usable
+            ):
                 raise Unavailable(
                     f"layer {layer} cannot serve: {detail}",
                     hint="see `lazysnap status`; is the registry reachable from this node?",
@@ -295,7 +287,7 @@ class ShardFilesystem:
         failed = await trio.to_thread.run_sync(self._layer_mounts.restore, attached)
         for shard in shards:
             with contextlib.suppress(LazysnapError):
-                await self._supervisor.call(shard, "detach", slots=stale)
+                await self._supervisor.worker(shard).detach(stale)
         counts.add(families.RESTORED, "failed", failed)
         counts.add(families.RESTORED, "ok", len(attached) - failed)
         if attached:
@@ -349,7 +341,7 @@ class ShardFilesystem:
         finally:
             remove_slot(self._root, slot)
             with contextlib.suppress(LazysnapError):
-                await self._supervisor.call(attached.attachment.shard, "detach", slots=[slot])
+                await self._supervisor.worker(attached.attachment.shard).detach([slot])
 
 
 def _source(request: RemoteRequest) -> LayerSource:

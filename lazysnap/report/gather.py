@@ -15,10 +15,9 @@ from typing import Any
 import msgspec
 import trio
 
-from lazysnap import channel
 from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
-from lazysnap.fetch.trace import Told, told
+from lazysnap.fetch.trace import Told
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.view import open_index
 from lazysnap.paths import Root
@@ -26,6 +25,7 @@ from lazysnap.prefetch.profile import MAX_SIZE, Profile, parse
 from lazysnap.report.estimate import savings, use
 from lazysnap.report.history import History, slowest
 from lazysnap.report.model import Container, Layer, Range, Report, Use, Wait
+from lazysnap.shard.client import connect
 from lazysnap.store.records import Snapshot
 
 _CALL_SECONDS = 30.0
@@ -85,9 +85,9 @@ async def _ask_all(question: Question, missing: list[str]) -> dict[int, Told]:
     async def ask(shard: int, slots: list[int]) -> None:
         path = Root(question.root).shard_socket(shard)
         try:
-            answer = await channel.call(path, "trace", timeout=_CALL_SECONDS, slots=slots)
-            answers.update((each.slot, each) for each in told(answer))
-        except (LazysnapError, msgspec.ValidationError) as error:
+            answer = await connect(path, timeout=_CALL_SECONDS).trace(slots)
+            answers.update((each.slot, each) for each in answer)
+        except LazysnapError as error:
             missing.append(f"Shard {shard} does not report its layers: {error}")
 
     async with trio.open_nursery() as nursery:

@@ -15,6 +15,7 @@ from lazysnap.cache import Cache
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.coverage import is_complete, is_empty
 from lazysnap.registry.client import Blob
+from lazysnap.shard.calls import Health, HealthState
 from lazysnap.shard.mounted_layers import MountedLayer
 from lazysnap.shard.settings import ShardSettings
 
@@ -41,11 +42,8 @@ class LayerHealth:
         self._complete.pop(name, None)
         self._probe_failed.pop(name, None)
 
-    async def look(self, layer: MountedLayer, blob: Blob) -> tuple[str, str]:
-        """State and detail of a layer.
-
-        `local`: all content is in the cache; `reachable`: the rest can be fetched; `degraded`: the
-        rest cannot be fetched now; `unreachable`: likewise, and nothing is in the cache.
+    async def look(self, layer: MountedLayer, blob: Blob) -> Health:
+        """Find out whether a layer can be read.
 
         Args:
             layer: loaded.
@@ -54,18 +52,18 @@ class LayerHealth:
         name = layer.record.index
         now = time.monotonic()
         if self._complete.get(name) == self._cache.objects.generation():
-            return "local", ""
+            return Health(HealthState.LOCAL)
         success = blob.last_success
         if success is not None and now - success < self.settings.probe_valid_seconds:
-            return "reachable", ""
+            return Health(HealthState.REACHABLE)
         if await self.find_complete(layer):
-            return "local", ""
+            return Health(HealthState.LOCAL)
         problem = await self._probe(name, blob)
         if not problem:
-            return "reachable", ""
+            return Health(HealthState.REACHABLE)
         if await trio.to_thread.run_sync(is_empty, layer.index, self._cache):
-            return "unreachable", f"nothing of the layer is local, and {problem}"
-        return "degraded", problem
+            return Health(HealthState.UNREACHABLE, f"nothing of the layer is local, and {problem}")
+        return Health(HealthState.DEGRADED, problem)
 
     async def find_complete(self, layer: MountedLayer) -> bool:
         """Look whether all content of a layer is in the cache, and remember if it is."""

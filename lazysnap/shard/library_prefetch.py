@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import trio
 
-from lazysnap import channel, log
+from lazysnap import log
 from lazysnap.advice import advice
 from lazysnap.errors import LazysnapError
 from lazysnap.index.reader import LayerIndex
@@ -20,6 +20,7 @@ from lazysnap.layers.view import open_index
 from lazysnap.paths import Root
 from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
 from lazysnap.prefetch.queue import PrefetchQueue
+from lazysnap.shard.client import connect
 from lazysnap.shard.mounted_layers import MountedLayers
 
 _log = log.get(__name__)
@@ -122,7 +123,7 @@ class Linking:
                 await self.link(slot, node)
             else:
                 path = Root(self._layers.root).shard_socket(shard)
-                await channel.call(path, "link", timeout=_CALL_SECONDS, slot=slot, node=node)
+                await connect(path, timeout=_CALL_SECONDS).link(slot, node)
         except LazysnapError as error:
             _log.debug("file is not linked", slot=slot, node=node, error=error)
 

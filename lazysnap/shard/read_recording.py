@@ -13,9 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
-import msgspec
 import pyfuse3
 import trio
 
@@ -25,6 +23,7 @@ from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import FailedPrecondition, LazysnapError
 from lazysnap.fetch.members import of_file
 from lazysnap.index.reader import LayerIndex
+from lazysnap.prefetch.profile import Read
 from lazysnap.prefetch.recorder import EXPIRES_SECONDS, Recorder
 from lazysnap.prefetch.recorder import reads as reads_of
 from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
@@ -85,7 +84,7 @@ class Recording:
             if fresh:
                 await trio.to_thread.run_sync(self._drop_pages, layer)
 
-    async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
+    async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Read]]:
         """End `record`; what was read, by layer digest.
 
         Args:
@@ -96,7 +95,7 @@ class Recording:
             FailedPrecondition: some of the slots were not recorded to the end.
         """
         self._wanted.discard(since)
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[Read]] = {}
         lost = False
         for slot in slots:
             layer = self._layers.get(slot)
@@ -108,7 +107,7 @@ class Recording:
             if recorder.idle:
                 layer.recorder = None
             joined = await trio.to_thread.run_sync(reads_of, layer.index, notes, since)
-            found.setdefault(layer.record.layer_digest, []).extend(msgspec.to_builtins(joined))
+            found.setdefault(layer.record.layer_digest, []).extend(joined)
         await self._release()
         if lost:
             raise FailedPrecondition("the worker was replaced, or a layer removed, while recording")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 import trio
@@ -21,6 +20,7 @@ from lazysnap.fetch.trace import Told, forgotten
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample, counts
 from lazysnap.registry.client import Registry
+from lazysnap.shard.calls import LayerStatus, Metrics
 from lazysnap.shard.mounted_layers import MountedLayer
 from lazysnap.shard.operations import activity
 
@@ -38,28 +38,25 @@ def registry_sample(registry: Registry) -> Sample:
     }
 
 
-def metrics(registry: Registry, started: float) -> dict[str, Any]:
+def metrics(registry: Registry, started: float) -> Metrics:
     """Everything that was counted since this process was started.
 
     Args:
         registry: the process's client.
         started: when it was started, by time.monotonic().
-
-    Returns:
-        `process` names it, `sample` is what only grows, `gauges` what does not.
     """
     now = time.monotonic()
     waited = [now - since for since in activity.waiting.values()]
-    return {
-        "process": f"{os.getpid()}@{started}",
-        "started": started,
-        "sample": counts.sample() | registry_sample(registry),
-        "gauges": {
+    return Metrics(
+        process=f"{os.getpid()}@{started}",
+        started=started,
+        sample=counts.sample() | registry_sample(registry),
+        gauges={
             families.READS_IN_FLIGHT: len(waited),
             families.READS_HUNG: sum(seconds > HUNG_SECONDS for seconds in waited),
             families.WORKER_MEMORY: _resident_bytes(),
         },
-    }
+    )
 
 
 def requests() -> dict[str, int]:
@@ -68,7 +65,7 @@ def requests() -> dict[str, int]:
     return {name: int(sum(numbers[:-1])) for name, numbers in found.items() if any(numbers)}
 
 
-async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> dict[str, Any]:
+async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> LayerStatus:
     """How much of a layer is local, what was fetched for it, and how that went.
 
     Args:
@@ -79,23 +76,23 @@ async def layer_status(layer: MountedLayer, cache: Cache, shard: int) -> dict[st
     share = await trio.to_thread.run_sync(local_share, layer.index, cache)
     counters = layer.reader.fetcher.requests.counters
     ago = None if layer.last_read is None else time.monotonic() - layer.last_read
-    return {
-        "slot": layer.record.slot,
-        "shard": shard,
-        "layer": layer.record.layer_digest,
-        "reference": layer.record.reference,
-        "blob_bytes": layer.record.blob_size,
-        "files": share.all_files,
-        "local_files": share.files,
-        "bytes": layer.index.total_size,
-        "local_bytes": share.bytes,
-        "requests": counters.requests,
-        "fetched_bytes": counters.bytes_fetched,
-        "fetched_by_class": {p.label: size for p, size in counters.bytes_by_class.items()},
-        "errors": counters.errors,
-        "last_error": counters.last_error,
-        "last_read_seconds_ago": ago,
-    }
+    return LayerStatus(
+        slot=layer.record.slot,
+        shard=shard,
+        layer=layer.record.layer_digest,
+        reference=layer.record.reference,
+        blob_bytes=layer.record.blob_size,
+        files=share.all_files,
+        local_files=share.files,
+        bytes=layer.index.total_size,
+        local_bytes=share.bytes,
+        requests=counters.requests,
+        fetched_bytes=counters.bytes_fetched,
+        fetched_by_class={p.label: size for p, size in counters.bytes_by_class.items()},
+        errors=counters.errors,
+        last_error=counters.last_error,
+        last_read_seconds_ago=ago,
+    )
 
 
 def trace(
@@ -103,8 +100,8 @@ def trace(
     since: float,
     started: float,
     scheduler: Scheduler,
-) -> list[dict[str, Any]]:
-    """What was fetched for layers, and who waited, as `Told`.
+) -> list[Told]:
+    """What was fetched for layers, and who waited.
 
     Args:
         layers: by slot; those that are not loaded had no events.
@@ -128,7 +125,7 @@ def trace(
                 bandwidth=host.bandwidth,
                 recording=layer.recorder is not None,
             )
-        found.append(msgspec.to_builtins(told))
+        found.append(told)
     return found
 
 

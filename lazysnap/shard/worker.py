@@ -2,23 +2,8 @@
 """The worker of a shard: serves the FUSE session that the keeper holds, until it is told to end.
 
 Forked by the keeper (see there). It may be killed at any moment: all it knows is on disk, and the
-next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`:
-
-- `ping()` who serves
-- `expect(layer, reads)` fetch ahead what a profile names of a layer that will soon be attached
-- `attach(slot, reads)` make sure that a slot can be served, and fetch ahead what a profile names;
-  may be called again
-- `detach(slots)` let go of slots whose records are gone
-- `health(slots)` whether each can be used, and why not
-- `status(slots)` numbers for people
-- `link(slot, node)` fetch what a file needs to be loaded, see `linking`
-- `drain(slots)` fetch all of them now; may be called again
-- `metrics()` numbers for the daemon, see `reporting`
-- `record(slots, since)` begin to note what is read, see `recording`
-- `recorded(slots, since)` end it, and tell what was read
-- `trace(slots, since)` what was fetched for them, and who waited, see `lazysnap.fetch.trace`
-- `reload()` take up the settings that are on disk now
-- `restart()` end, so that the keeper starts a worker of the release that is on disk now
+next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`, with the calls of
+`WorkerCalls`.
 """
 
 from __future__ import annotations
@@ -26,10 +11,9 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pyfuse3
 import trio
 
@@ -43,8 +27,10 @@ from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.scheduler import Priority, Scheduler
+from lazysnap.fetch.trace import Told
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.paths import Root
+from lazysnap.prefetch.profile import Read
 from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
@@ -52,6 +38,17 @@ from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
 from lazysnap.shard.cache_limits import keep_within_limits
 from lazysnap.shard.cache_upkeep import Settling, watch_objects
+from lazysnap.shard.calls import (
+    Health,
+    HealthState,
+    LayerStatus,
+    Loaded,
+    Metrics,
+    PackedReads,
+    Who,
+    WorkerCalls,
+    handlers,
+)
 from lazysnap.shard.draining import Draining
 from lazysnap.shard.expecting import Expecting
 from lazysnap.shard.health import LayerHealth
@@ -73,7 +70,7 @@ _DESCRIPTORS = 1 << 16
 _CHECKED_SECONDS = 2.0
 
 
-class Worker:
+class Worker(WorkerCalls):
     """One worker.
 
     Args:
@@ -146,56 +143,26 @@ class Worker:
         layer = await self.layers.load(slot)
         return self.fetching.blob(layer.record.index)
 
-    def handlers(self) -> dict[str, channel.Handler]:
-        """The calls of the control socket."""
-        names = (
-            *("ping", "expect", "attach", "detach", "health", "status", "metrics"),
-            *("trace", "reload", "restart"),
+    async def ping(self) -> Who:
+        """Tell who serves this shard."""
+        return Who(
+            pid=os.getpid(),
+            keeper=os.getppid(),
+            version=lazysnap.__version__,
+            shard=self.number,
+            uptime_seconds=time.monotonic() - self._started,
+            requests=reporting.requests(),
         )
-        others = {
-            "drain": self.draining.drain,
-            "link": self.linking.link,
-            "record": self.recording.record,
-            "recorded": self._recorded,
-        }
-        return {name: getattr(self, name) for name in names} | others
 
-    async def _recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Any]]:
-        self.settling.look()  # also what was opened a moment ago
-        return await self.recording.recorded(slots, since)
-
-    async def ping(self) -> dict[str, Any]:
-        """Who serves this shard."""
-        return {
-            "pid": os.getpid(),
-            "keeper": os.getppid(),
-            "version": lazysnap.__version__,
-            "shard": self.number,
-            "uptime_seconds": time.monotonic() - self._started,
-            "requests": reporting.requests(),
-        }
-
-    async def expect(self, layer: Mapping[str, Any], reads: Sequence[Any] = ()) -> None:
+    async def expect(self, layer: LayerOrigin, reads: PackedReads = ()) -> None:
         """Begin to fetch ahead of a layer that no slot shows yet.
 
-        If none does so soon, its reader is given up again; what was fetched is in the cache.
-
-        Args:
-            layer: its index, which is on disk, and where its bytes are: a `LayerOrigin`.
-            reads: as for `attach`.
+        If no slot shows it soon, its reader is given up again; what was fetched is in the cache.
         """
-        self.expecting.expect(msgspec.convert(layer, LayerOrigin), reads)
+        self.expecting.expect(layer, reads)
 
-    async def attach(
-        self, slot: int, reads: Sequence[Any] = (), reachable: bool = False
-    ) -> dict[str, Any]:
-        """Load a slot, so that errors show now and not to a reader, and begin to fetch ahead.
-
-        Args:
-            slot: whose record is on disk.
-            reads: of a profile, as in `profile.Read`; without them the layer's landmark counts.
-            reachable: the caller has just read from the blob, so it need not be probed soon.
-        """
+    async def attach(self, slot: int, reads: PackedReads = (), reachable: bool = False) -> Loaded:
+        """Load a slot, so that errors show now and not to a reader, and begin to fetch ahead."""
         layer = await self.layers.load(slot)
         if reachable:
             self.fetching.blob(layer.record.index).note_success()
@@ -203,7 +170,7 @@ class Worker:
         # The caller need not wait until a long profile has been understood.
         self._nursery.start_soon(self._prefetch, layer, None if begun else reads)
         self._fetch_all(layer)
-        return {"nodes": layer.index.node_count}
+        return Loaded(layer.index.node_count)
 
     async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any] | None) -> None:
         """Read from the disk, and unless that has begun fetch, what a start needs."""
@@ -245,10 +212,8 @@ class Worker:
     async def detach(self, slots: Sequence[int], reload: bool = False) -> None:
         """Let go of slots.
 
-        Args:
-            slots: which.
-            reload: they are loaded again when they are asked for. Their directories stay what they
-                are, as the kernel cannot bind a directory that it was told to forget.
+        The directories of those to be loaded again stay what they are: the kernel cannot bind a
+        directory that it was told to forget.
         """
         for slot in slots:
             gone = self.layers.get(slot)
@@ -269,50 +234,62 @@ class Worker:
             self.draining.forget(index)
             self.linking.forget(index)
 
-    async def health(self, slots: Sequence[int]) -> dict[int, dict[str, str]]:
-        """State and detail of slots: those of `LayerHealth.look`, or `failed`.
-
-        `failed`: not even the tree can be served.
-        """
-        result: dict[int, dict[str, str]] = {}
+    async def health(self, slots: Sequence[int]) -> dict[int, Health]:
+        """Find out whether slots can be read."""
+        result: dict[int, Health] = {}
         with trio.move_on_after(_CHECKED_SECONDS):
             await self.settling.checked.wait()
 
         async def look(slot: int) -> None:
             try:
                 layer = await self.layers.load(slot)
-                state, detail = await self._health.look(
-                    layer, self.fetching.blob(layer.record.index)
-                )
+                blob = self.fetching.blob(layer.record.index)
+                result[slot] = await self._health.look(layer, blob)
             except LazysnapError as error:
-                state, detail = "failed", str(error)
+                result[slot] = Health(HealthState.FAILED, str(error))
             except Exception as error:  # one bad layer must not hide the state of the others
                 _log.exception("health of a layer cannot be told", slot=slot)
-                state, detail = "failed", repr(error)
-            result[slot] = {"state": state, "detail": detail}
+                result[slot] = Health(HealthState.FAILED, repr(error))
 
         async with trio.open_nursery() as nursery:
             for slot in slots:
                 nursery.start_soon(look, slot)
         return result
 
-    async def status(self, slots: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Numbers of slots, or of all that are loaded."""
+    async def status(self, slots: Sequence[int] | None = None) -> list[LayerStatus]:
+        """Tell numbers of slots, or of all that are loaded."""
         chosen = self.layers.slots_loaded() if slots is None else slots
         layers = [await self.layers.load(slot) for slot in chosen]
         return [await reporting.layer_status(each, self.cache, self.number) for each in layers]
 
-    async def metrics(self) -> dict[str, Any]:
-        """What this process has counted; see `reporting`."""
+    async def metrics(self) -> Metrics:
+        """Tell what this process has counted."""
         return reporting.metrics(self._registry, self._started)
 
-    async def trace(self, slots: Sequence[int], since: float = 0.0) -> list[dict[str, Any]]:
-        """What was fetched, and who waited, since a time by time.monotonic()."""
+    async def link(self, slot: int, node: int) -> None:
+        """Fetch what loading a program or library reads."""
+        await self.linking.link(slot, node)
+
+    async def drain(self, slots: Sequence[int]) -> None:
+        """Begin to fetch all of some slots now."""
+        await self.draining.drain(slots)
+
+    async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
+        """Begin to note what is read."""
+        await self.recording.record(slots, since, fresh)
+
+    async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Read]]:
+        """End `record`; what was read, by layer digest."""
+        self.settling.look()  # also what was opened a moment ago
+        return await self.recording.recorded(slots, since)
+
+    async def trace(self, slots: Sequence[int], since: float = 0.0) -> list[Told]:
+        """Tell what was fetched for slots, and who waited."""
         found = [(slot, self.layers.get(slot)) for slot in slots]
         return reporting.trace(found, since, self._started, self.scheduler)
 
     async def reload(self) -> int:
-        """Take up the settings that the daemon has written; our process id."""
+        """Take up the settings that are on disk now; our process id."""
         before = self.settings
         self.settings = settings = read_settings(self.root)
         log.setup(settings.log_level, settings.log_format)
@@ -347,7 +324,7 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
         worker = Worker(root, number, settings, registry, nursery)
         worker.operations().install(target)
         socket_path = Root(root).shard_socket(number)
-        await nursery.start(channel.serve, socket_path, worker.handlers())
+        await nursery.start(channel.serve, socket_path, handlers(worker))
         nursery.start_soon(worker.settling.run)
         nursery.start_soon(worker.layers.tidy)
         nursery.start_soon(keep_within_limits, worker.contents, worker.evictor)

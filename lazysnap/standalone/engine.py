@@ -119,7 +119,7 @@ async def _work(
     snapshotter = assemble(options, parts).snapshotter
     async with snapshotter.running(parts.nursery):
         if reload:
-            await parts.supervisor.call_all("reload")
+            await parts.supervisor.ask_all(lambda each: each.reload())
         unpacker = LayerUnpacker(parts.registry, ApplierPool(os.cpu_count() or 1))
         outcome = await work(Engine(snapshotter, unpacker, parts.supervisor))
         await snapshotter.cleanup()

@@ -20,6 +20,7 @@ from fixtures.processes import accepts
 from lazysnap import mounts
 from lazysnap.check import daemon, mount_points, shards, state, store
 from lazysnap.check.finding import Context, Finding, Level, Probe
+from lazysnap.shard.calls import Health, HealthState
 from tests.check.scene import look
 from tests.support import layers
 from tests.support.stack import Stack, stack, wait_until
@@ -227,9 +228,7 @@ async def test_layers_that_cannot_be_read(checked: Checked) -> None:
     assert [f.level for f in await checked.look("slots", store.PROBES)] == [Level.FAILURE] * 2
     os.kill(worker, signal.SIGKILL)
     with trio.fail_after(60):
-        while not any(
-            s.who and s.who["pid"] != worker for s in await shards.shards(checked.context)
-        ):
+        while not any(s.who and s.who.pid != worker for s in await shards.shards(checked.context)):
             await trio.sleep(0.05)
     found = await checked.look("layers")
     assert [finding.level for finding in found] == [Level.FAILURE] * 2
@@ -325,5 +324,5 @@ def test_what_is_left_can_be_mended_once_the_daemon_is_stopped(checked: Checked)
     ],
 )
 def test_all_states_of_a_layer(health: str, level: Level | None) -> None:
-    found = shards.judge_layer("layer x", health, "because")
+    found = shards.judge_layer("layer x", Health(HealthState(health), "because"))
     assert [finding.level for finding in found] == ([] if level is None else [level])

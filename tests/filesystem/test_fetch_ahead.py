@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lazysnap.prefetch.profile import Read, from_reads
 from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
+from lazysnap.shard.calls import WorkerCalls, remote
 from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.supervisor import Supervisor
 from tests.support.clocks import patient_clock
@@ -36,9 +39,12 @@ class Shards(Supervisor):
         self.calls: list[tuple[int, str, dict[str, Any]]] = []
         self.fault: Exception | None = None
 
-    async def call(self, shard: int, name: str, *, timeout: float = 1.0, **args: Any) -> Any:
+    def worker(self, shard: int, *, timeout: float = 1.0) -> WorkerCalls:
+        return remote(partial(self._send, shard))
+
+    async def _send(self, shard: int, name: str, args: Mapping[str, Any]) -> None:
         await trio.lowlevel.checkpoint()
-        self.calls.append((shard, name, args))
+        self.calls.append((shard, name, dict(args)))
         if self.fault is not None:
             raise self.fault
 

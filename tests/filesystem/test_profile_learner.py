@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.prefetch.profile import Profile, Read
 from lazysnap.prefetch.profile_store import ProfileStore
+from lazysnap.shard.calls import WorkerCalls, remote
 from lazysnap.supervisor import Supervisor
 from tests.support.clocks import patient_clock
 
@@ -36,16 +38,19 @@ def _record(slot: int, *, shard: int = 0, manifest: str = _MANIFEST) -> SlotReco
 
 
 class Shards:
-    """What `Supervisor.call` reaches."""
+    """What `Supervisor.worker` reaches."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, dict[str, Any]]] = []
         self.fault: Callable[[int, str], None] = lambda shard, name: None
         self.answer: Any = None
 
-    async def call(self, shard: int, name: str, *, timeout: float = 1.0, **args: Any) -> Any:
+    def worker(self, shard: int, *, timeout: float) -> WorkerCalls:
+        return remote(partial(self._send, shard))
+
+    async def _send(self, shard: int, name: str, args: Mapping[str, Any]) -> Any:
         await trio.lowlevel.checkpoint()
-        self.calls.append((shard, name, args))
+        self.calls.append((shard, name, dict(args)))
         self.fault(shard, name)
         if name != "recorded":
             return {}

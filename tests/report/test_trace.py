@@ -16,7 +16,7 @@ from lazysnap.errors import LazysnapError, RegistryUnreachable
 from lazysnap.fetch import trace
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.scheduler import Priority, Scheduler
-from lazysnap.fetch.trace import Told, told
+from lazysnap.fetch.trace import Told
 from lazysnap.prefetch.queue import PrefetchQueue
 from tests.fetch.engine import engine
 from tests.support import layers
@@ -107,9 +107,10 @@ def test_what_is_told_survives_the_socket() -> None:
     fetched = trace.Fetched(1.5, None, 0, 3, 10, 90, 1, 0, 5)
     waited = trace.Waited(1.0, 0.5, 7, 0, 4096, ahead=True)
     mine = Told(slot=4, fetched=[fetched], waited=[waited], started=0.5, now=9.0)
-    assert told(msgpack.unpackb(msgpack.packb([msgspec.to_builtins(mine)]))) == [mine]
+    packed = msgpack.packb([msgspec.to_builtins(mine)])
+    assert msgspec.convert(msgpack.unpackb(packed), list[Told]) == [mine]
     with pytest.raises(msgspec.ValidationError):
-        told([{"slot": "four"}])
+        msgspec.convert([{"slot": "four"}], list[Told])
     assert [trace.label(number) for number in (0, 1, 2, 9)] == [
         *("demand", "prefetch", "background"),
         "9",

@@ -18,7 +18,7 @@ from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.scheduler import Priority
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
-from lazysnap.layers.slots import SlotRecord, write_slot
+from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.registry import Registry
 from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.shard.settings import ShardSettings
@@ -99,7 +99,7 @@ async def test_a_layer_is_expected_until_a_slot_shows_it_and_not_for_ever(
     tmp_path: Path, clock: trio.testing.MockClock, shown: bool
 ) -> None:
     async with _worker(tmp_path) as worker:
-        await worker.expect(_origin("i"))
+        await worker.expect(LayerOrigin(**_origin("i")))
         await trio.sleep(EXPECTED_SECONDS / 2)
         assert worker.layers.uses("i")
         reader = worker.layers._readers["i"]
@@ -147,7 +147,7 @@ async def test_what_was_expected_is_not_planned_again_and_all_else_is(
     async with _worker(tmp_path) as worker:
         planned = Plans(worker, monkeypatch)
         if early is not None:
-            await worker.expect(_origin("i"), early)
+            await worker.expect(LayerOrigin(**_origin("i")), early)
             await trio.sleep(1)
         await worker.attach(1, then)
         await trio.sleep(1)
@@ -159,7 +159,7 @@ async def test_what_was_expected_and_let_go_of_is_planned_again(
 ) -> None:
     async with _worker(tmp_path) as worker:
         planned = Plans(worker, monkeypatch)
-        await worker.expect(_origin("i"), _READS)
+        await worker.expect(LayerOrigin(**_origin("i")), _READS)
         await trio.sleep(EXPECTED_SECONDS + 1)
         await worker.attach(1, _READS)
         await trio.sleep(1)
@@ -190,7 +190,7 @@ async def test_a_defect_ends_no_worker(
 
     async with _worker(tmp_path) as worker:
         monkeypatch.setattr(worker.ahead, "add", fail)
-        await worker.expect(_origin("i"), _READS)
+        await worker.expect(LayerOrigin(**_origin("i")), _READS)
         await trio.testing.wait_all_tasks_blocked(0.5)
         assert "fetching a layer ahead failed" in caplog.text
         await worker.attach(1, _READS)
