@@ -182,6 +182,7 @@ class Supervisor:
             if not self._kept(number):
                 await self._start_keeper(number)
             who = await self._wait(number)
+            # Both calls are kept between releases, see `lazysnap.shard`.
             if who.version != lazysnap.__version__:
                 _log.info("worker of another release is replaced", shard=number, was=who.version)
                 await self.worker(number).restart()
@@ -305,7 +306,8 @@ class Supervisor:
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 words = file.read().split(b"\0")
-            # A worker is forked by its keeper and so has the same command line.
+            # A worker is forked by its keeper and so has the same command line. It is kept between
+            # releases, see `lazysnap.shard`.
             if {b"lazysnap.shard.keeper", os.fsencode(self.root), b"%d" % number} <= set(words):
                 signal.pidfd_send_signal(process, signal_number)
         except OSError:

@@ -3,7 +3,7 @@
 
 The daemon writes it before anyone can look the directory up; a worker reads it whenever it needs it,
 so that a worker that was just started knows as much as the one before. Slot numbers are never used
-twice.
+twice. Releases read each other's records, see "Kept between releases" in `lazysnap.shard`.
 """
 
 from __future__ import annotations

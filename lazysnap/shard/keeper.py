@@ -36,6 +36,7 @@ import trio
 _RESEND = struct.pack("<IiQ", 16, 7, 0)
 _MNT_DETACH = 2
 # What the worker exits with when the file system was unmounted: there is nothing left to serve.
+# Kept between releases, see `lazysnap.shard`; the worker has it, too.
 EXIT_UNMOUNTED = 0
 # From the start of a worker to that of the next, by how many have ended soon one after the other.
 _RESPAWN_DELAYS = (0.0, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
@@ -149,6 +150,7 @@ def _serve_in_child(operations: Handshake, arguments: argparse.Namespace) -> Non
     importlib.invalidate_caches()
     from lazysnap.shard import worker  # after the fork: see the module's docstring
 
+    # The worker may be of a later release, see "Kept between releases" in `lazysnap.shard`.
     status = worker.run(operations, root=arguments.root, number=arguments.number)
     os._exit(status)
 
@@ -276,7 +278,7 @@ def _paths(root: str, number: int) -> tuple[str, str, str]:
 
 
 def main() -> int:
-    """Entry point of `python -m lazysnap.shard.keeper`."""
+    """Entry point of `python -m lazysnap.shard.keeper`; a daemon of an earlier release starts it, too."""
     parser = argparse.ArgumentParser(prog="lazysnap-keeper")
     parser.add_argument("--root", required=True, help="directory of all of lazysnap's state")
     parser.add_argument("--number", required=True, type=int, help="number of this shard")

@@ -2,8 +2,9 @@
 """The FUSE requests of a shard: look up, answer, turn an error into an errno; nothing else.
 
 An inode number is `slot << 32 | node + 1`, so that any worker can answer for what an earlier one told
-the kernel; slot 0 is the root of the mount. A file handle is the inode number. Nothing ever changes, so
-the kernel may keep entries (also of what does not exist), attributes and pages for ever.
+the kernel (kept between releases, see `lazysnap.shard`); slot 0 is the root of the mount. A file handle
+is the inode number. Nothing ever changes, so the kernel may keep entries (also of what does not exist),
+attributes and pages for ever.
 
 Invariant: no handler lets anything but FUSEError out, as that would end the process.
 """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of workers: written by the daemon, read by each worker when it starts."""
+"""The settings of workers: written by the daemon, read by each worker when it starts.
+
+Either may be of another release, see "Kept between releases" in `lazysnap.shard`.
+"""
 
 from __future__ import annotations
 

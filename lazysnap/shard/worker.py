@@ -63,6 +63,7 @@ from lazysnap.shard.store_operations import NamedOperations
 from lazysnap.shard.store_view import Names
 
 _log = log.get(__name__)
+# Kept between releases, see `lazysnap.shard`; the keeper has them, too.
 EXIT_UNMOUNTED = 0
 EXIT_RESTART = 75
 _DESCRIPTORS = 1 << 16
@@ -347,6 +348,8 @@ def _raise_descriptor_limit() -> None:
 
 def run(target: pyfuse3.Operations, root: str, number: int) -> int:
     """Serve until the file system is unmounted or `restart` is called.
+
+    A keeper of an earlier release calls this, see "Kept between releases" in `lazysnap.shard`.
 
     Args:
         target: the object whose attributes pyfuse3 calls.
