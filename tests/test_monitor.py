@@ -23,7 +23,7 @@ from lazysnap.errors import ConfigError
 from lazysnap.metrics.families import READS_HUNG, READS_IN_FLIGHT
 from lazysnap.registry.client import Registry
 from lazysnap.shard import reporting
-from lazysnap.shard.operations import activity
+from lazysnap.shard.activity import activity
 from tests.support.outage import registry_stopped
 from tests.support.stack import Stack, stack, wait_until
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seals new objects, takes away from the kernel what somebody changed, and tells what it opens.
 
+Also keeps the cache within its limits while a process serves from it.
+
 Knows nothing of layers or requests.
 """
 
@@ -12,6 +14,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.cache import Cache
+from lazysnap.cache.eviction import Evictor
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.open_files import OpenFiles
@@ -20,6 +23,7 @@ from lazysnap.shard import memory
 _log = log.get(__name__)
 # What is opened meanwhile is told together.
 _GATHER_SECONDS = 0.02
+_LOOK_SECONDS = 2.0
 
 
 def watch_objects(cache: Cache) -> ObjectWatch | None:
@@ -120,3 +124,22 @@ class Settling:
                     await trio.sleep(_GATHER_SECONDS)
         finally:
             watch.close()
+
+
+async def keep_within_limits(contents: OpenFiles, evictor: Evictor) -> None:
+    """Look at the limits, and let go of what was evicted by whichever process; for ever.
+
+    What is stored is looked at when it is stored. This is for what others do with the disk.
+
+    Args:
+        contents: the process's table of open contents.
+        evictor: of the cache that they are in.
+    """
+    generation = contents.cache.objects.generation()
+    while True:
+        await trio.to_thread.run_sync(evictor.look)
+        now = contents.cache.objects.generation()
+        if now != generation:
+            generation = now
+            contents.sweep()
+        await trio.sleep(_LOOK_SECONDS)

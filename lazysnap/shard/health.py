@@ -14,9 +14,8 @@ import trio
 from lazysnap.cache import Cache
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.coverage import is_complete, is_empty
-from lazysnap.registry.client import Blob
 from lazysnap.shard.calls import Health, HealthState
-from lazysnap.shard.mounted_layers import MountedLayer
+from lazysnap.shard.served_layer import FailedProbe, ServedLayer
 from lazysnap.shard.settings import ShardSettings
 
 # After a failed probe the next one is not tried at once: a start asks for many layers in a row.
@@ -24,64 +23,54 @@ _PROBE_FAILED_SECONDS = 5.0
 
 
 class LayerHealth:
-    """What was found out about the layers of a process, by the names of their indexes.
+    """Finds out about the layers of a process.
 
     Args:
         cache: of the process.
         settings: how long probes take, and are valid.
+
+    Attributes:
+        settings: as above; may be replaced.
     """
 
     def __init__(self, cache: Cache, settings: ShardSettings) -> None:
         self._cache = cache
         self.settings = settings
-        self._complete: dict[str, int] = {}
-        self._probe_failed: dict[str, tuple[float, str]] = {}
 
-    def forget(self, name: str) -> None:
-        """Let go of a layer that is shown no more."""
-        self._complete.pop(name, None)
-        self._probe_failed.pop(name, None)
-
-    async def look(self, layer: MountedLayer, blob: Blob) -> Health:
-        """Find out whether a layer can be read.
-
-        Args:
-            layer: loaded.
-            blob: of the layer.
-        """
-        name = layer.record.index
+    async def look(self, layer: ServedLayer) -> Health:
+        """Find out whether a layer can be read."""
         now = time.monotonic()
-        if self._complete.get(name) == self._cache.objects.generation():
+        if layer.complete_at == self._cache.objects.generation():
             return Health(HealthState.LOCAL)
-        success = blob.last_success
+        success = layer.blob.last_success
         if success is not None and now - success < self.settings.probe_valid_seconds:
             return Health(HealthState.REACHABLE)
         if await self.find_complete(layer):
             return Health(HealthState.LOCAL)
-        problem = await self._probe(name, blob)
+        problem = await self._probe(layer)
         if not problem:
             return Health(HealthState.REACHABLE)
         if await trio.to_thread.run_sync(is_empty, layer.index, self._cache):
             return Health(HealthState.UNREACHABLE, f"nothing of the layer is local, and {problem}")
         return Health(HealthState.DEGRADED, problem)
 
-    async def find_complete(self, layer: MountedLayer) -> bool:
+    async def find_complete(self, layer: ServedLayer) -> bool:
         """Look whether all content of a layer is in the cache, and remember if it is."""
         generation = self._cache.objects.generation()
         complete = await trio.to_thread.run_sync(is_complete, layer.index, self._cache)
         if complete:
-            self._complete[layer.record.index] = generation
+            layer.complete_at = generation
         return complete
 
-    async def _probe(self, name: str, blob: Blob) -> str:
+    async def _probe(self, layer: ServedLayer) -> str:
         """Why bytes of a layer cannot be had now; empty if they can."""
-        when, problem = self._probe_failed.get(name, (0.0, ""))
-        if problem and time.monotonic() - when < _PROBE_FAILED_SECONDS:
-            return problem
+        failed = layer.failed_probe
+        if failed is not None and time.monotonic() - failed.at < _PROBE_FAILED_SECONDS:
+            return failed.problem
         try:
-            await blob.probe(self.settings.probe_seconds)
+            await layer.blob.probe(self.settings.probe_seconds)
         except LazysnapError as error:
-            self._probe_failed[name] = time.monotonic(), str(error)
+            layer.failed_probe = FailedProbe(time.monotonic(), str(error))
             return str(error)
-        self._probe_failed.pop(name, None)
+        layer.failed_probe = None
         return ""

@@ -13,7 +13,7 @@ import trio
 
 from lazysnap import log
 from lazysnap.cache.eviction import Evictor
-from lazysnap.shard.operations import activity
+from lazysnap.shard.activity import activity
 
 _log = log.get(__name__)
 # The background waits for such a pause between requests of the kernel, but only so long.

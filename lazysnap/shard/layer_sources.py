@@ -7,10 +7,6 @@ shows the layer: while containerd is still asking for the layers below it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
-
 import msgspec
 import trio
 
@@ -23,7 +19,7 @@ from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.requests import Requests
-from lazysnap.fetch.scheduler import Priority, Scheduler
+from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.fetch.tail_source import TailSource
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin
@@ -33,24 +29,16 @@ from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.prefetch.readahead import prepare_start
 from lazysnap.prefetch.tree_walks import TreeWalks
 from lazysnap.reference import Reference
-from lazysnap.registry.client import Blob, Registry
+from lazysnap.registry.client import Registry
+from lazysnap.shard.calls import PackedReads
+from lazysnap.shard.mounted_layers import Begun
+from lazysnap.shard.served_layer import ServedLayer
 
 _log = log.get(__name__)
 
-Begun = Callable[[str, LayerIndex, int], None]
-"""Told the name of an index, the index, and the node of a file whose beginning is read."""
 
-
-class _Source(NamedTuple):
-    """Where the bytes of a layer come from, and what looks after that."""
-
-    blob: Blob
-    fetcher: Fetcher
-    guesser: Guesser
-
-
-class Fetching:
-    """What is fetched for the layers of a worker.
+class LayerSources:
+    """Makes layers that can be read, as their bytes can be fetched.
 
     Args:
         registry: client for blobs.
@@ -79,16 +67,14 @@ class Fetching:
         self._ahead = ahead
         self._nursery = nursery
         self._decoders = decoders
-        # By the names of indexes.
-        self._sources: dict[str, _Source] = {}
 
-    def make_reader(self, origin: LayerOrigin, index: LayerIndex, begun: Begun) -> LayerReader:
-        """The reader of a layer that is seen for the first time.
+    def make(self, origin: LayerOrigin, index: LayerIndex, begun: Begun) -> ServedLayer:
+        """A layer that is served from now on.
 
         Args:
             origin: where the layer's bytes are.
             index: of the layer.
-            begun: told of files that are begun to be read.
+            begun: told of files whose beginning is read.
         """
         reference = Reference.parse(origin.reference)
         digest = Digest.parse(origin.layer_digest)
@@ -108,10 +94,9 @@ class Fetching:
         fetcher = Fetcher(index, requests, self._scheduler)
 
         def add(plan: Plan) -> None:
-            self._ahead.add(fetcher, plan, Priority.PREFETCH)
+            layer.fetch_ahead(plan)
 
         guesser = Guesser(index, add)
-        self._sources[origin.index] = _Source(blob, fetcher, guesser)
         host = self._scheduler.host(reference.host)
         walks = TreeWalks(index, add, lambda: host.bandwidth)
 
@@ -119,48 +104,40 @@ class Fetching:
             guesser.missed(node)
             walks.missed(node)
 
-        return LayerReader(
-            index, self._contents, fetcher, missed, partial(begun, origin.index, index)
+        reader = LayerReader(
+            index, self._contents, fetcher, missed, lambda node: begun(layer, node)
         )
+        layer = ServedLayer(origin, reader, blob, guesser, self._ahead)
+        return layer
 
-    def blob(self, index: str) -> Blob:
-        """The blob of a layer that has a reader, by the name of its index."""
-        return self._sources[index].blob
 
-    def forget(self, index: str, reader: LayerReader) -> None:
-        """Let go of a layer that has no reader any more, and of what was to be fetched of it."""
-        self._ahead.drop(reader.fetcher)
-        self._sources.pop(index, None)
+async def prefetch(layer: ServedLayer, cache: Cache, reads: PackedReads) -> None:
+    """Fetch what is needed first; wrong advice changes nothing.
 
-    async def prefetch(
-        self, origin: LayerOrigin, reader: LayerReader, reads: Sequence[Any]
-    ) -> None:
-        """Fetch what is needed first; wrong advice changes nothing.
+    Args:
+        layer: may be closed meanwhile; then nothing is fetched.
+        cache: of the process.
+        reads: of a profile; without them the layer's landmark counts.
+    """
+    index = layer.index
+    try:
+        if reads:
+            wanted = msgspec.convert(reads, list[Read])
+            found = await trio.to_thread.run_sync(locate, index, wanted)
+            layer.guesser.expect(node for node, _ in found)
+            plan = await trio.to_thread.run_sync(prepare_start, cache, index, found)
+        else:
+            plan = landmark_plan(index) or Plan(())
+    except (LazysnapError, msgspec.ValidationError) as error:
+        _log.warning("nothing is prefetched", layer=layer.origin.layer_digest, error=error)
+        return
+    layer.fetch_ahead(plan)
 
-        Args:
-            origin: of the layer.
-            reader: of the layer.
-            reads: of a profile, as in `profile.Read`; without them the layer's landmark counts.
-        """
-        try:
-            if reads:
-                wanted = msgspec.convert(reads, list[Read])
-                found = await trio.to_thread.run_sync(locate, reader.index, wanted)
-                source = self._source(origin, reader)
-                if source is not None:
-                    source.guesser.expect(node for node, _ in found)
-                plan = await trio.to_thread.run_sync(
-                    prepare_start, self._cache, reader.index, found
-                )
-            else:
-                plan = landmark_plan(reader.index) or Plan(())
-        except (LazysnapError, msgspec.ValidationError) as error:
-            _log.warning("nothing is prefetched", layer=origin.layer_digest, error=error)
-            return
-        if self._source(origin, reader) is not None:
-            self._ahead.add(reader.fetcher, plan, Priority.PREFETCH)
 
-    def _source(self, origin: LayerOrigin, reader: LayerReader) -> _Source | None:
-        """What belongs to a reader, unless the layer was let go of, and perhaps loaded again."""
-        source = self._sources.get(origin.index)
-        return source if source is not None and source.fetcher is reader.fetcher else None
+def drain(layer: ServedLayer) -> None:
+    """Begin, or go on, to fetch all that is missing of a layer, as somebody asked for that.
+
+    Readers go first, as always. What was fetched and evicted meanwhile is fetched anew by the next call.
+    """
+    if layer.drained is None or layer.drained.is_set():
+        layer.drained = layer.fetch_ahead(Plan(range(layer.index.member_count)))

@@ -22,44 +22,40 @@ from lazysnap.prefetch.libraries import BytesAhead, Image, Libraries, may_link
 from lazysnap.prefetch.queue import PrefetchQueue
 from lazysnap.shard.client import connect
 from lazysnap.shard.mounted_layers import MountedLayers
+from lazysnap.shard.served_layer import ServedLayer
 
 _log = log.get(__name__)
 _CALL_SECONDS = 5.0
 
 
-class Linking:
+class LibraryPrefetch:
     """The files of a shard that are followed.
 
     Args:
-        layers: of the shard.
+        layers: of the shard; this is told of each file whose beginning is read.
         ahead: fetches what is needed.
         nursery: where files are followed.
     """
 
     def __init__(self, layers: MountedLayers, ahead: PrefetchQueue, nursery: trio.Nursery) -> None:
         self._layers = layers
+        layers.begun = self.begun
         self._ahead = ahead
         self._nursery = nursery
-        # Nodes by the name of the index.
-        self._followed: dict[str, set[int]] = {}
         self._images: dict[int, Libraries] = {}
         self._changed = 0
         self._looking = trio.Lock()
 
-    def begun(self, name: str, index: LayerIndex, node: int) -> None:
-        """The beginning of a file is read: follow it, if it was not and may be a program or a library.
+    def begun(self, layer: ServedLayer, node: int) -> None:
+        """Follow a file whose beginning is read, if it was not and may be a program or a library.
 
         Args:
-            name: of the index.
-            index: of the layer.
+            layer: of the file; nothing is followed before a slot shows it.
             node: of the file.
         """
-        followed = self._followed.setdefault(name, set())
-        if node not in followed and may_link(index, node):
-            slot = self._layers.slot_of(name)
-            if slot is not None:
-                followed.add(node)
-                self._nursery.start_soon(self._follow, slot, node)
+        if node not in layer.followed and layer.slots and may_link(layer.index, node):
+            layer.followed.add(node)
+            self._nursery.start_soon(self._follow, layer.slots[0], node)
 
     async def link(self, slot: int, node: int) -> None:
         """Fetch what loading a file reads, and have fetched what it links to; does not wait for it.
@@ -72,14 +68,10 @@ class Linking:
             LazysnapError: the slot cannot be used.
         """
         layer = await self._layers.load(slot)
-        followed = self._followed.setdefault(layer.record.index, set())
+        followed = layer.served.followed
         if node not in followed:
             followed.add(node)
             self._nursery.start_soon(self._follow, slot, node)
-
-    def forget(self, index: str) -> None:
-        """Let go of a layer that is shown no more."""
-        self._followed.pop(index, None)
 
     async def _follow(self, slot: int, node: int) -> None:
         with advice(_log, "following a file failed", slot=slot, node=node):

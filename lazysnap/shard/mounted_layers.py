@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that a shard serves, by slot; loaded from disk when they are first asked for.
 
-Two slots of the same layer share its index and its reader, which may be there before any slot. Knows
-nothing of FUSE.
+Two slots of the same layer share one `ServedLayer`, which may be there before any slot. It is closed when
+the last slot is forgotten and nobody expects another. Knows nothing of FUSE.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
 
 from lazysnap.errors import Internal
-from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.index.model import Attributes
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, list_slots, read_slot
@@ -22,8 +20,12 @@ from lazysnap.layers.view import LayerView, open_index
 from lazysnap.owners import Owners, possible_owners
 from lazysnap.paths import Root
 from lazysnap.prefetch.recorder import Recorder
+from lazysnap.shard.served_layer import Expectation, ServedLayer
 
 _TIDY_SECONDS = 10.0
+Begun = Callable[[ServedLayer, int], None]
+"""Told of a layer and the node of a file whose beginning is read."""
+MakeLayer = Callable[[LayerOrigin, LayerIndex, Begun], ServedLayer]
 
 
 class MountedLayer(LayerView):
@@ -31,12 +33,13 @@ class MountedLayer(LayerView):
 
     Args:
         record: what the slot serves.
-        reader: reads the layer's files; shared by all slots of the layer.
+        served: the layer, shared by all slots that show it.
     """
 
-    def __init__(self, record: SlotRecord, reader: LayerReader) -> None:
-        super().__init__(record, reader.index)
-        self.reader = reader
+    def __init__(self, record: SlotRecord, served: ServedLayer) -> None:
+        super().__init__(record, served.index)
+        self.served = served
+        self.reader = served.reader
         self.recorder: Recorder | None = None
         # by time.monotonic()
         self.last_read: float | None = None
@@ -48,12 +51,12 @@ class OwnedLayer(MountedLayer):
 
     Args:
         record: as above.
-        reader: as above.
+        served: as above.
         owners: those that are there.
     """
 
-    def __init__(self, record: SlotRecord, reader: LayerReader, owners: Owners) -> None:
-        super().__init__(record, reader)
+    def __init__(self, record: SlotRecord, served: ServedLayer, owners: Owners) -> None:
+        super().__init__(record, served)
         self._owners = owners
 
     def attributes(self, node: int) -> Attributes:
@@ -69,20 +72,22 @@ class MountedLayers:
     Args:
         root: lazysnap's root directory.
         shard: number of this shard; slots of others are refused.
-        make_reader: makes the reader of a layer that is seen for the first time.
+        make: makes a layer that is not served yet.
+
+    Attributes:
+        begun: told of each file whose beginning is read; replaced by whoever wants to know.
     """
 
-    def __init__(
-        self, root: str, shard: int, make_reader: Callable[[LayerOrigin, LayerIndex], LayerReader]
-    ) -> None:
+    def __init__(self, root: str, shard: int, make: MakeLayer) -> None:
         self.root = root
         self.shard = shard
-        self._make_reader = make_reader
+        self.begun: Begun = lambda layer, node: None
+        self._make = make
         self._owners = possible_owners()
         self._by_slot: dict[int, MountedLayer] = {}
-        self._readers: dict[str, LayerReader] = {}
-        self._held: Counter[str] = Counter()
-        self._loading: dict[int, trio.Lock] = {}
+        # By the names of indexes.
+        self._served: dict[str, ServedLayer] = {}
+        self._opening: dict[str, trio.Lock] = {}
 
     def get(self, slot: int) -> MountedLayer | None:
         """The layer of a slot, if it is loaded."""
@@ -106,76 +111,82 @@ class MountedLayers:
         found = self._by_slot.get(slot)
         if found is not None:
             return found
-        lock = self._loading.setdefault(slot, trio.Lock())
-        try:
-            async with lock:
-                if slot not in self._by_slot:
-                    self._by_slot[slot] = await self._load(slot)
-                return self._by_slot[slot]
-        finally:
-            if not lock.statistics().tasks_waiting:
-                self._loading.pop(slot, None)
-
-    async def _load(self, slot: int) -> MountedLayer:
         record = read_slot(self.root, slot)
         if record.shard != self.shard:
             raise Internal(f"slot {slot} belongs to shard {record.shard}")
-        reader = await self._reader(record)
-        if self._owners is not None:
-            return OwnedLayer(record, reader, self._owners)
-        return MountedLayer(record, reader)
+        served = await self._serve(record)
+        # Somebody else may have loaded the slot meanwhile.
+        found = self._by_slot.get(slot)
+        if found is None:
+            if self._owners is None:
+                found = MountedLayer(record, served)
+            else:
+                found = OwnedLayer(record, served, self._owners)
+            self._by_slot[slot] = found
+            served.slots.append(slot)
+        return found
 
-    async def _reader(self, origin: LayerOrigin) -> LayerReader:
-        """The one reader of a layer."""
-        reader = self._readers.get(origin.index)
-        if reader is None:
-            path = Root(self.root).cache.index(origin.index)
-            index = await trio.to_thread.run_sync(open_index, path)
-            # Somebody else may have got one meanwhile.
-            reader = self._readers.get(origin.index)
-            if reader is None:
-                reader = self._readers[origin.index] = self._make_reader(origin, index)
-        return reader
+    async def _serve(self, origin: LayerOrigin) -> ServedLayer:
+        """The one `ServedLayer` of a layer.
+
+        The caller has to give it a slot or an expectation before its next checkpoint.
+        """
+        found = self._served.get(origin.index)
+        if found is not None:
+            return found
+        lock = self._opening.setdefault(origin.index, trio.Lock())
+        try:
+            async with lock:
+                if origin.index not in self._served:
+                    path = Root(self.root).cache.index(origin.index)
+                    index = await trio.to_thread.run_sync(open_index, path)
+                    made = self._make(origin, index, self.begun)
+                    self._served[origin.index] = made
+                return self._served[origin.index]
+        finally:
+            if not lock.locked():  # else it was handed on to a task that waited for it
+                self._opening.pop(origin.index, None)
 
     @asynccontextmanager
-    async def hold(self, origin: LayerOrigin) -> AsyncIterator[LayerReader]:
-        """Keep the reader of a layer, though no slot may show the layer yet.
+    async def expecting(
+        self, origin: LayerOrigin, expectation: Expectation
+    ) -> AsyncIterator[ServedLayer]:
+        """Keep a layer in the body, though no slot may show it yet.
 
         Args:
-            origin: of the layer. If its `index` is not used afterwards, the reader is gone.
+            origin: of the layer.
+            expectation: what is fetched of it.
 
         Raises:
             Internal: the index cannot be used.
         """
-        self._held[origin.index] += 1
+        layer = await self._serve(origin)
+        layer.expectations.append(expectation)
         try:
-            yield await self._reader(origin)
+            yield layer
         finally:
-            self._held -= Counter([origin.index])
-            self._drop_unused(origin.index)
+            layer.expectations.remove(expectation)
+            self._close_unused(layer)
 
     def forget(self, slot: int) -> None:
         """Let go of a slot, and of its layer when nobody else uses it."""
         gone = self._by_slot.pop(slot, None)
         if gone is not None:
-            self._drop_unused(gone.record.index)
+            gone.served.slots.remove(slot)
+            self._close_unused(gone.served)
 
-    def _drop_unused(self, index: str) -> None:
-        if not self.uses(index):
-            self._readers.pop(index, None)
+    def _close_unused(self, layer: ServedLayer) -> None:
+        if not layer.slots and not layer.expectations:
+            del self._served[layer.origin.index]
+            layer.close()
 
-    def uses(self, index: str) -> bool:
-        """Whether the reader of the layer with this index is kept, for a loaded slot or by `hold`."""
-        return self._held[index] > 0 or self.slot_of(index) is not None
-
-    def slot_of(self, index: str) -> int | None:
-        """A loaded slot that shows the layer with this index, if there is one."""
-        of_index = (s for s, layer in self._by_slot.items() if layer.record.index == index)
-        return next(of_index, None)
+    def served(self, index: str) -> ServedLayer | None:
+        """The layer with this index, if a loaded slot shows it or somebody expects it."""
+        return self._served.get(index)
 
     async def tidy(self) -> None:
         """Every few seconds, give back the memory into which indexes were read; for ever."""
         while True:
             await trio.sleep(_TIDY_SECONDS)
-            for reader in self._readers.values():
-                reader.index.give_back()
+            for layer in self._served.values():
+                layer.index.give_back()

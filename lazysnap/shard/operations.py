@@ -28,6 +28,7 @@ from lazysnap.errors import LazysnapError, NotFound
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import BOUNDS, counts
 from lazysnap.shard import content_view
+from lazysnap.shard.activity import activity
 from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 
 _log = log.get(__name__)
@@ -42,27 +43,6 @@ R = TypeVar("R")
 def inode_of(slot: int, node: int) -> int:
     """The inode number of a node in the layer of a slot."""
     return slot << 32 | node + 1
-
-
-class Activity:
-    """What the kernel has asked for lately.
-
-    Attributes:
-        last: when the last request came, by time.monotonic().
-        waiting: when each read came that waits for the disk or the network now.
-        read_bytes: how many were read, in a list of one.
-    """
-
-    __slots__ = ("last", "read_bytes", "waiting")
-
-    def __init__(self) -> None:
-        self.last = float("-inf")
-        self.waiting: dict[object, float] = {}
-        self.read_bytes = counts.counter(families.READ_BYTES)
-
-
-activity = Activity()
-"""Of this process, which serves one mount and no other."""
 
 
 Handler = Callable[P, Awaitable[R]]

@@ -20,9 +20,9 @@ from lazysnap.fetch.trace import Told, forgotten
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import Sample, counts
 from lazysnap.registry.client import Registry
+from lazysnap.shard.activity import activity
 from lazysnap.shard.calls import LayerStatus, Metrics
 from lazysnap.shard.mounted_layers import MountedLayer
-from lazysnap.shard.operations import activity
 
 HUNG_SECONDS = 30.0
 """A read that waits for longer counts as hung."""

@@ -12,7 +12,6 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import pyfuse3
 import trio
@@ -24,7 +23,6 @@ from lazysnap.cache import Cache
 from lazysnap.cache.eviction import Evictor
 from lazysnap.errors import LazysnapError
 from lazysnap.fetch.fetcher import Plan
-from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.fetch.trace import Told
@@ -36,8 +34,7 @@ from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
-from lazysnap.shard.cache_limits import keep_within_limits
-from lazysnap.shard.cache_upkeep import Settling, watch_objects
+from lazysnap.shard.cache_upkeep import Settling, keep_within_limits, watch_objects
 from lazysnap.shard.calls import (
     Health,
     HealthState,
@@ -49,15 +46,15 @@ from lazysnap.shard.calls import (
     WorkerCalls,
     handlers,
 )
-from lazysnap.shard.draining import Draining
-from lazysnap.shard.expecting import Expecting
+from lazysnap.shard.expecting import expect, shown
 from lazysnap.shard.health import LayerHealth
 from lazysnap.shard.idle import Leisure
-from lazysnap.shard.layer_sources import Fetching
-from lazysnap.shard.library_prefetch import Linking
+from lazysnap.shard.layer_sources import LayerSources, drain, prefetch
+from lazysnap.shard.library_prefetch import LibraryPrefetch
 from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations
 from lazysnap.shard.read_recording import Recording
+from lazysnap.shard.served_layer import ServedLayer
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
 from lazysnap.shard.store_operations import NamedOperations
 from lazysnap.shard.store_view import Names
@@ -99,7 +96,7 @@ class Worker(WorkerCalls):
         self.scheduler = Scheduler(settings.limits)
         self.ahead = PrefetchQueue(self.scheduler, nursery, Leisure(self.evictor).wait)
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
-        self.fetching = Fetching(
+        sources = LayerSources(
             registry,
             self.cache,
             self.contents,
@@ -108,14 +105,8 @@ class Worker(WorkerCalls):
             nursery,
             self._decoders,
         )
-        self.layers = MountedLayers(
-            root,
-            number,
-            lambda origin, index: self.fetching.make_reader(origin, index, self.linking.begun),
-        )
-        self.expecting = Expecting(self.layers, self.fetching, nursery, self._forget_unused)
-        self.draining = Draining(self.layers, self.ahead)
-        self.linking = Linking(self.layers, self.ahead, nursery)
+        self.layers = MountedLayers(root, number, sources.make)
+        self.libraries = LibraryPrefetch(self.layers, self.ahead, nursery)
         self.restarting = trio.CancelScope()
         self._registry = registry
         self._nursery = nursery
@@ -141,8 +132,7 @@ class Worker(WorkerCalls):
         )
 
     async def _blob(self, slot: int) -> Blob:
-        layer = await self.layers.load(slot)
-        return self.fetching.blob(layer.record.index)
+        return (await self.layers.load(slot)).served.blob
 
     async def ping(self) -> Who:
         """Tell who serves this shard."""
@@ -160,43 +150,42 @@ class Worker(WorkerCalls):
 
         If no slot shows it soon, its reader is given up again; what was fetched is in the cache.
         """
-        self.expecting.expect(layer, reads)
+        self._nursery.start_soon(expect, self.layers, self.cache, layer, reads)
 
     async def attach(self, slot: int, reads: PackedReads = (), reachable: bool = False) -> Loaded:
         """Load a slot, so that errors show now and not to a reader, and begin to fetch ahead."""
         layer = await self.layers.load(slot)
         if reachable:
-            self.fetching.blob(layer.record.index).note_success()
-        begun = self.expecting.shown(layer.record.index, reads)
+            layer.served.blob.note_success()
+        begun = shown(layer.served, reads)
         # The caller need not wait until a long profile has been understood.
         self._nursery.start_soon(self._prefetch, layer, None if begun else reads)
-        self._fetch_all(layer)
+        self._fetch_all(layer.served)
         return Loaded(layer.index.node_count)
 
-    async def _prefetch(self, layer: MountedLayer, reads: Sequence[Any] | None) -> None:
+    async def _prefetch(self, layer: MountedLayer, reads: PackedReads | None) -> None:
         """Read from the disk, and unless that has begun fetch, what a start needs."""
         with advice(_log, "fetching ahead failed", layer=layer.record.layer_digest):
             await trio.to_thread.run_sync(prepare_tree, self.cache, layer.record)
             if reads is not None:
-                await self.fetching.prefetch(layer.record, layer.reader, reads)
+                await prefetch(layer.served, self.cache, reads)
 
-    def _fetch_all(self, layer: MountedLayer) -> None:
+    def _fetch_all(self, layer: ServedLayer) -> None:
         """Fetch the whole layer when nothing else is to be done, if that is wanted."""
-        fetcher = layer.reader.fetcher
-        if self.settings.background and not self.ahead.has(fetcher, Priority.BACKGROUND):
+        if self.settings.background and not layer.fetches_all():
             everything = Plan(range(layer.index.member_count))
             delay = self.settings.background_delay_seconds
-            done = self.ahead.add(fetcher, everything, Priority.BACKGROUND, delay_seconds=delay)
+            done = layer.fetch_ahead(everything, Priority.BACKGROUND, delay_seconds=delay)
             self._nursery.start_soon(self._find_complete, layer, done)
 
-    async def _find_complete(self, layer: MountedLayer, done: trio.Event) -> None:
+    async def _find_complete(self, layer: ServedLayer, done: trio.Event) -> None:
         """Look for each file of a layer as soon as all are fetched, or the next start would do it."""
         await done.wait()
         try:
-            if self.layers.uses(layer.record.index):
+            if not layer.closed:
                 await self._health.find_complete(layer)
         except LazysnapError as error:
-            _log.debug("a layer cannot be looked at", layer=layer.record.layer_digest, error=error)
+            _log.debug("a layer cannot be looked at", layer=layer.origin.layer_digest, error=error)
 
     async def resume(self) -> None:
         """Go on with what an earlier worker had not fetched yet."""
@@ -204,7 +193,7 @@ class Worker(WorkerCalls):
             return
         for slot in self.layers.slots():
             try:
-                self._fetch_all(await self.layers.load(slot))
+                self._fetch_all((await self.layers.load(slot)).served)
             except LazysnapError as error:
                 _log.debug("slot not resumed", slot=slot, error=error)
             except Exception:  # one bad layer must not end the worker, again and again
@@ -217,23 +206,13 @@ class Worker(WorkerCalls):
         directory that it was told to forget.
         """
         for slot in slots:
-            gone = self.layers.get(slot)
             self.layers.forget(slot)
-            if gone is not None:
-                self._forget_unused(gone.record.index, gone.reader)
             if not reload:
                 place = (
                     self.names.forget(slot) if self.names else (pyfuse3.ROOT_INODE, b"%d" % slot)
                 )
                 if place is not None:
                     pyfuse3.invalidate_entry_async(*place, deleted=0, ignore_enoent=True)
-
-    def _forget_unused(self, index: str, reader: LayerReader) -> None:
-        if not self.layers.uses(index):
-            self.fetching.forget(index, reader)
-            self._health.forget(index)
-            self.draining.forget(index)
-            self.linking.forget(index)
 
     async def health(self, slots: Sequence[int]) -> dict[int, Health]:
         """Find out whether slots can be read."""
@@ -244,8 +223,7 @@ class Worker(WorkerCalls):
         async def look(slot: int) -> None:
             try:
                 layer = await self.layers.load(slot)
-                blob = self.fetching.blob(layer.record.index)
-                result[slot] = await self._health.look(layer, blob)
+                result[slot] = await self._health.look(layer.served)
             except LazysnapError as error:
                 result[slot] = Health(HealthState.FAILED, str(error))
             except Exception as error:  # one bad layer must not hide the state of the others
@@ -269,11 +247,12 @@ class Worker(WorkerCalls):
 
     async def link(self, slot: int, node: int) -> None:
         """Fetch what loading a program or library reads."""
-        await self.linking.link(slot, node)
+        await self.libraries.link(slot, node)
 
     async def drain(self, slots: Sequence[int]) -> None:
         """Begin to fetch all of some slots now."""
-        await self.draining.drain(slots)
+        for slot in slots:
+            drain((await self.layers.load(slot)).served)
 
     async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
         """Begin to note what is read."""

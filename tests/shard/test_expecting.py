@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,8 +19,11 @@ from lazysnap.fetch.fetcher import Fetcher, Plan
 from lazysnap.fetch.scheduler import Priority
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
+from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
+from lazysnap.layers.view import open_index
 from lazysnap.registry import Registry
+from lazysnap.shard import mounted_layers
 from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.shard.settings import ShardSettings
 from lazysnap.shard.worker import Worker
@@ -101,19 +105,20 @@ async def test_a_layer_is_expected_until_a_slot_shows_it_and_not_for_ever(
     async with _worker(tmp_path) as worker:
         await worker.expect(LayerOrigin(**_origin("i")))
         await trio.sleep(EXPECTED_SECONDS / 2)
-        assert worker.layers.uses("i")
-        reader = worker.layers._readers["i"]
+        served = worker.layers.served("i")
+        assert served is not None
         if shown:
             await worker.attach(1)
             await trio.sleep(1)
-            assert not worker.layers._held
+            assert not served.expectations
             await trio.sleep(EXPECTED_SECONDS)
-            assert worker.layers.get(1).reader is reader  # type: ignore[union-attr]
+            assert worker.layers.get(1).served is served  # type: ignore[union-attr]
             worker.layers.forget(1)
         await trio.sleep(EXPECTED_SECONDS)
-        assert not worker.layers.uses("i")
-        assert worker.layers._readers == {}
-        assert worker.expecting._waiting == {}
+        assert served.closed
+        assert not served.expectations
+        assert worker.layers._served == {}
+        assert worker.layers._opening == {}
 
 
 class Plans:
@@ -123,7 +128,9 @@ class Plans:
         self.made: list[Plan] = []
         monkeypatch.setattr(worker.ahead, "add", self._add)
 
-    def _add(self, fetcher: Fetcher, plan: Plan, priority: Priority) -> None:
+    def _add(
+        self, fetcher: Fetcher, plan: Plan, priority: Priority, *, delay_seconds: float
+    ) -> None:
         self.made.append(plan)
 
 
@@ -176,16 +183,39 @@ async def test_a_plan_of_a_layer_that_was_let_go_of_meanwhile_is_dropped(
         planned = Plans(worker, monkeypatch)
         await worker.attach(1, _READS)
         await worker.detach([1], reload=True)  # the plan is still being made
-        reader = (await worker.layers.load(1)).reader
+        served = (await worker.layers.load(1)).served
         await trio.testing.wait_all_tasks_blocked(0.5)
         assert planned.made == []
-        assert worker.layers._readers == {"i": reader}
+        assert worker.layers._served == {"i": served}
+
+
+async def test_what_is_expected_while_its_index_is_opened_is_not_planned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_open = threading.Event()
+
+    def slowly(path: str) -> LayerIndex:
+        may_open.wait(60)
+        return open_index(path)
+
+    monkeypatch.setattr(mounted_layers, "open_index", slowly)
+    async with _worker(tmp_path) as worker:
+        planned = Plans(worker, monkeypatch)
+        await worker.expect(LayerOrigin(**_origin("i")), _READS)
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.attach, 1, _READS)
+            await trio.testing.wait_all_tasks_blocked()
+            assert worker.layers.served("i") is None
+            may_open.set()
+        await trio.testing.wait_all_tasks_blocked(0.5)
+        assert len(planned.made) == 1
 
 
 async def test_a_defect_ends_no_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("a defect")
 
     async with _worker(tmp_path) as worker:
@@ -196,4 +226,4 @@ async def test_a_defect_ends_no_worker(
         await worker.attach(1, _READS)
         await trio.testing.wait_all_tasks_blocked(0.5)
         assert "fetching ahead failed" in caplog.text
-        assert worker.expecting._waiting == {}
+        assert worker.layers.served("i").expectations == []  # type: ignore[union-attr]

@@ -20,9 +20,11 @@ from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
 from lazysnap.prefetch.queue import PrefetchQueue
-from lazysnap.shard.library_prefetch import Linking
-from lazysnap.shard.mounted_layers import MountedLayers
+from lazysnap.shard.library_prefetch import LibraryPrefetch
+from lazysnap.shard.mounted_layers import Begun, MountedLayers
+from lazysnap.shard.served_layer import ServedLayer
 from tests.fetch.engine import MemorySource, make_fetcher
+from tests.shard.layers import served
 from tests.support.elf import make_elf
 from tests.support.indexes import resolve, toc_of
 from tests.support.layers import Layer, LayerEntry, estargz, file
@@ -39,13 +41,14 @@ class Shards:
         self.blobs: dict[str, Layer] = {}
         self.contents = OpenFiles(Cache(str(root / "cache")))
         self.layers: dict[int, MountedLayers] = {}
-        self.linking: dict[int, Linking] = {}
+        self.libraries: dict[int, LibraryPrefetch] = {}
 
     async def start(self, number: int) -> None:
         scheduler = Scheduler()
         decoders = trio.CapacityLimiter(1)
+        ahead = PrefetchQueue(scheduler, self.nursery)
 
-        def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
+        def make(origin: LayerOrigin, index: LayerIndex, begun: Begun) -> ServedLayer:
             source = MemorySource(self.blobs[origin.index].blob)
             fetcher = make_fetcher(
                 index,
@@ -57,17 +60,17 @@ class Shards:
                 host="h",
                 name=origin.index,
             )
+            reader = LayerReader(
+                index, self.contents, fetcher, begun=lambda node: begun(layer, node)
+            )
+            layer = served(origin, reader, ahead)
+            return layer
 
-            def begun(node: int) -> None:
-                linking.begun(origin.index, index, node)
-
-            return LayerReader(index, self.contents, fetcher, begun=begun)
-
-        layers = self.layers[number] = MountedLayers(str(self.root), number, make_reader)
-        linking = Linking(layers, PrefetchQueue(scheduler, self.nursery), self.nursery)
-        self.linking[number] = linking
+        layers = self.layers[number] = MountedLayers(str(self.root), number, make)
+        libraries = LibraryPrefetch(layers, ahead, self.nursery)
+        self.libraries[number] = libraries
         socket = str(self.root / "shards" / f"{number}.sock")
-        await self.nursery.start(channel.serve, socket, {"link": linking.link})
+        await self.nursery.start(channel.serve, socket, {"link": libraries.link})
 
     def attach(self, slot: int, shard: int, entries: list[LayerEntry], below: list[int]) -> None:
         layer = estargz(entries, chunk_size=64 << 10)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -15,12 +14,16 @@ from lazysnap.cache import Cache
 from lazysnap.errors import Internal
 from lazysnap.fetch.layer_reader import LayerReader
 from lazysnap.fetch.open_files import OpenFiles
+from lazysnap.fetch.scheduler import Scheduler
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.slots import LayerOrigin, SlotRecord, write_slot
-from lazysnap.shard.mounted_layers import MountedLayers
+from lazysnap.prefetch.queue import PrefetchQueue
+from lazysnap.shard.mounted_layers import Begun, MakeLayer, MountedLayers
+from lazysnap.shard.served_layer import Expectation, ServedLayer
 from tests.fetch.engine import MemorySource, make_fetcher
+from tests.shard.layers import served
 from tests.support import layers
 from tests.support.clocks import patient_clock
 from tests.support.indexes import toc_of
@@ -40,17 +43,16 @@ def _resident(path: str) -> int:
     return size
 
 
-def _readers(
-    layer: layers.Layer, contents: OpenFiles, nursery: trio.Nursery
-) -> Callable[[LayerOrigin, LayerIndex], LayerReader]:
-    """Makes readers of a layer that is in memory."""
+def _maker(layer: layers.Layer, contents: OpenFiles, nursery: trio.Nursery) -> MakeLayer:
+    """Serves a layer that is in memory."""
+    ahead = PrefetchQueue(Scheduler(), nursery)
 
-    def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
+    def make(origin: LayerOrigin, index: LayerIndex, begun: Begun) -> ServedLayer:
         source, decoders = MemorySource(layer.blob), trio.CapacityLimiter(1)
         fetcher = make_fetcher(index, source, contents, nursery, decoders=decoders)
-        return LayerReader(index, contents, fetcher)
+        return served(origin, LayerReader(index, contents, fetcher), ahead)
 
-    return make_reader
+    return make
 
 
 @pytest.fixture
@@ -58,17 +60,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> trio.testing.MockClock:
     return patient_clock(monkeypatch)
 
 
-async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_path: Path) -> None:
+async def test_slots_that_are_loaded_at_once_share_their_layer(tmp_path: Path) -> None:
     layer = layers.estargz([layers.file("f", b"content")])
     cache = Cache(str(tmp_path / "cache"))
     (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
     contents = OpenFiles(cache)
     made = []
     async with trio.open_nursery() as nursery:
-        reader_of = _readers(layer, contents, nursery)
+        make_one = _maker(layer, contents, nursery)
 
-        def make_reader(origin: LayerOrigin, index: LayerIndex) -> LayerReader:
-            made.append(reader_of(origin, index))
+        def make(origin: LayerOrigin, index: LayerIndex, begun: Begun) -> ServedLayer:
+            made.append(make_one(origin, index, begun))
             return made[-1]
 
         for slot in range(1, 5):
@@ -76,16 +78,17 @@ async def test_slots_of_one_layer_that_are_loaded_at_once_share_its_reader(tmp_p
                 slot=slot, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
             )
             write_slot(str(tmp_path), record)
-        mounted = MountedLayers(str(tmp_path), 0, make_reader)
+        mounted = MountedLayers(str(tmp_path), 0, make)
         async with trio.open_nursery() as loading:
             for slot in range(1, 5):
                 loading.start_soon(mounted.load, slot)
         assert len(made) == 1
-        assert {(await mounted.load(slot)).reader for slot in range(1, 5)} == set(made)
+        assert {(await mounted.load(slot)).served for slot in range(1, 5)} == set(made)
+        assert sorted(made[0].slots) == [1, 2, 3, 4]
     contents.close()
 
 
-async def test_a_reader_is_held_without_a_slot(tmp_path: Path) -> None:
+async def test_a_layer_that_is_expected_is_kept_without_a_slot(tmp_path: Path) -> None:
     layer = layers.estargz([layers.file("f", b"content")])
     cache = Cache(str(tmp_path / "cache"))
     (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
@@ -95,27 +98,29 @@ async def test_a_reader_is_held_without_a_slot(tmp_path: Path) -> None:
     )
     write_slot(str(tmp_path), record)
     async with trio.open_nursery() as nursery:
-        make_reader = _readers(layer, contents, nursery)
-        mounted = MountedLayers(str(tmp_path), 0, make_reader)
-        async with mounted.hold(record) as reader:
-            async with mounted.hold(record) as again:
-                assert again is reader
-            assert mounted.uses("i")
-            assert mounted.slot_of("i") is None
-            assert (await mounted.load(1)).reader is reader
+        make = _maker(layer, contents, nursery)
+        mounted = MountedLayers(str(tmp_path), 0, make)
+        async with mounted.expecting(record, Expectation([])) as layer_i:
+            async with mounted.expecting(record, Expectation([])) as again:
+                assert again is layer_i
+            assert mounted.served("i") is layer_i
+            assert layer_i.slots == []
+            assert (await mounted.load(1)).served is layer_i
             mounted.forget(1)
-            assert mounted.uses("i")
+            assert mounted.served("i") is layer_i
             await mounted.load(1)
-        assert mounted.slot_of("i") == 1
-        assert (await mounted.load(1)).reader is reader
+        assert layer_i.slots == [1]
+        assert (await mounted.load(1)).served is layer_i
+        assert not layer_i.closed
         mounted.forget(1)
-        assert not mounted.uses("i")
-        assert (await mounted.load(1)).reader is not reader
+        assert layer_i.closed
+        assert mounted.served("i") is None
+        assert (await mounted.load(1)).served is not layer_i
         absent = msgspec.structs.replace(record, index="absent")
         with pytest.raises(Internal):
-            async with mounted.hold(absent):
+            async with mounted.expecting(absent, Expectation([])):
                 pass
-        assert not mounted.uses("absent")
+        assert mounted.served("absent") is None
     contents.close()
 
 
@@ -128,12 +133,12 @@ async def test_an_index_takes_memory_only_while_it_is_read(
     path.write_bytes(encode(build(toc_of(layer))))
     contents = OpenFiles(cache)
     async with trio.open_nursery() as nursery:
-        make_reader = _readers(layer, contents, nursery)
+        make = _maker(layer, contents, nursery)
         record = SlotRecord(
             slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
         )
         write_slot(str(tmp_path), record)
-        mounted = MountedLayers(str(tmp_path), 0, make_reader)
+        mounted = MountedLayers(str(tmp_path), 0, make)
         nursery.start_soon(mounted.tidy)
 
         # All of it was read, as its checksum was compared.
