@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts, finds, watches and repairs the shards, from the daemon.
 
-A shard outlives the daemon: what is found running is used. Keepers are started by exec, in sessions of
-their own, so that nothing that ends the daemon ends them. Knows slots, but not snapshots.
+Shards outlive the daemon, so it uses those that it finds running. Keepers are started by exec, in sessions
+of their own, so that nothing that ends the daemon ends them. Knows slots, but not snapshots.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _START_SECONDS = 30.0
 _PING_SECONDS = 2.0
 _WATCH_SECONDS = 5.0
 _END_SECONDS = 2.0
-# A worker that does not answer for so long is stuck: it is killed, and its keeper starts another.
+# A worker that misses so many pings is stuck: it is killed, and its keeper starts another.
 _STUCK_PINGS = 4
 
 
 @dataclass
 class _Shard:
-    """What is known of one shard."""
+    """What the supervisor knows of one shard."""
 
     number: int
     worker: int = 0
@@ -61,7 +61,7 @@ class Supervisor:
         read_ahead_kib: how far the kernel reads ahead.
         slice_name: of systemd. Keepers are started in scopes of it, so that nothing that is done to
             the daemon's service is done to them. Empty: they stay in the daemon's control group.
-        writable: have the kernel send requests that write, which shards answer with an error.
+        writable: the kernel sends requests that write; shards answer them with an error.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Supervisor:
         return self._paths.shard_slot(shard, slot)
 
     def choose(self, layer: str, *, xattrs: bool) -> int:
-        """The shard for the next layer: the one with the fewest, if none has the layer already.
+        """The shard for the next layer: one that has the layer already, or the one with the fewest.
 
         Args:
             layer: its digest. Slots of one layer share what they fetch if one process serves them.
-            xattrs: whether it has extended attributes or opaque directories. Such a shard may have
-                to be started first, see `ensure`.
+            xattrs: it has extended attributes or opaque directories. The shard may have to be
+                started first, see `ensure`.
         """
         first = FIRST_XATTR_SHARD if xattrs else 0
         numbers = range(first, first + self.count)
@@ -113,7 +113,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def reserved(self, layer: str) -> Iterator[int]:
-        """The shard that will have the next slot of a layer, if that needs no other kind of shard.
+        """Reserve a shard for the next slot of a layer, unless that turns out to need xattrs.
 
         Args:
             layer: its digest.
@@ -280,7 +280,7 @@ class Supervisor:
             with trio.move_on_after(_END_SECONDS / 2):
                 while self._kept(number):
                     await trio.sleep(0.02)
-            # The worker holds the lock too; without a keeper nobody else would end it.
+            # The worker holds the lock, too, and without a keeper nothing else ends it.
             self._signal(number, self._shards[number].worker, signal_number)
             with trio.move_on_after(_END_SECONDS / 2):
                 while self._kept(number):
@@ -296,7 +296,7 @@ class Supervisor:
             return []
 
     def _signal(self, number: int, pid: int, signal_number: signal.Signals) -> None:
-        """Send a signal to a shard's keeper or worker, and never to what now has its number."""
+        """Send a signal to a shard's keeper or worker, but not to another process that has its id now."""
         if pid <= 0:
             return
         try:
@@ -319,7 +319,7 @@ class Supervisor:
         return self._paths.shard_socket(number)
 
     def _keeper(self, number: int) -> int:
-        """The process id that a keeper left in its lock file, or 0."""
+        """The process id that a keeper wrote to its lock file, or 0."""
         try:
             with open(self._paths.shard_lock(number)) as file:
                 return int(file.read().strip() or 0)
@@ -334,7 +334,7 @@ class Supervisor:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise Internal(f"the lock of shard {number} cannot be looked at: {error}") from error
+            raise Internal(f"the lock of shard {number} cannot be opened: {error}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -348,7 +348,7 @@ class Supervisor:
         command += ["--number", str(number), *self._keeper_options]
         if self._slice:
             command = _in_scope(command, number, self._slice)
-        # Not trio's: the keeper is to live on when this process ends, and is never waited for.
+        # Not by trio: the keeper outlives this process, which never waits for it.
         try:
             await trio.to_thread.run_sync(_spawn, command)
         except (OSError, subprocess.SubprocessError) as error:
@@ -381,9 +381,9 @@ def _in_scope(command: list[str], number: int, slice_name: str) -> list[str]:
 
 
 def _spawn(command: list[str]) -> None:
-    # Through a shell that ends at once, so that the keeper is init's child and not a zombie of ours.
+    # A shell that ends at once makes the keeper init's child, so that it never is a zombie of ours.
     subprocess.run(
-        # Its output must not keep a pipe open that somebody reads from us to its end.
+        # Somebody may read our output to its end, so the keeper must not keep that pipe open.
         ["/bin/sh", "-c", '"$@" </dev/null >&2 &', "sh", *command],
         check=True,
         start_new_session=True,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole blobs of layers, for who exports an image: downloaded, checked, and forgotten after use.
+"""Whole blobs of layers, for clients that export an image: downloaded, checked, forgotten after use.
 
-A blob is in a file without a name as long as somebody has it open, so nothing is left of it whatever
-ends this process. Knows nothing of FUSE.
+A blob is in a file without a name while somebody has it open, so nothing of it is left however this
+process ends. Knows nothing of FUSE.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WholeBlobs:
         self._open: dict[int, _Open] = {}
 
     async def open(self, slot: int) -> None:
-        """Have a slot's blob; `release` is to follow.
+        """Download a slot's blob unless it is open; the caller has to `release` it.
 
         Raises:
             DigestMismatch: the registry sends something else.
@@ -59,7 +59,7 @@ class WholeBlobs:
             raise
 
     async def read(self, slot: int, offset: int, size: int) -> bytes:
-        """Bytes of a blob; also for who opened it when another process served it.
+        """Bytes of a blob; it may have been opened when an earlier worker served.
 
         Raises:
             LazysnapError: as for `open`.
@@ -68,7 +68,7 @@ class WholeBlobs:
         return await trio.to_thread.run_sync(os.pread, fd, size, offset)
 
     def release(self, slot: int) -> None:
-        """Somebody has closed the blob."""
+        """Note that somebody has closed a blob."""
         found = self._open.get(slot)
         if found is None:
             return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seals new objects, takes away from the kernel what somebody changed, and tells what it opens.
+"""Seals new objects, hides those that somebody changed from the kernel, and reports those it opens.
 
-Also keeps the cache within its limits while a process serves from it.
+Also keeps the cache within its limits while a process serves from it. Knows nothing of layers or requests.
 
 Knows nothing of layers or requests.
 """
@@ -21,7 +21,7 @@ from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.shard import memory
 
 _log = log.get(__name__)
-# What is opened meanwhile is told together.
+# Objects that are opened within this time are reported together.
 _GATHER_SECONDS = 0.02
 _LOOK_SECONDS = 2.0
 
@@ -35,18 +35,18 @@ def watch_objects(cache: Cache) -> ObjectWatch | None:
         return None
 
 
-class Settling:
+class CacheUpkeep:
     """Looks after the objects of a cache, for one process.
 
     Args:
         contents: the process's table of open contents.
         seconds: time between two syncs of the cache.
         watch: of the objects; it is closed in the end.
-        hold: decides which objects are held; called every so many seconds.
-        opened: told the keys of objects that were opened.
+        hold: decides which objects are held; called at each sync.
+        opened: receives the keys of objects that were opened.
 
     Attributes:
-        checked: set when all objects were looked at.
+        checked: set when all objects have been examined.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Settling:
         self._opened = opened
 
     async def run(self) -> None:
-        """Do it, for ever."""
+        """Look after the objects for ever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._seal)
             if self._watch is not None:
                 nursery.start_soon(self._follow, self._watch)
-            # The watch has begun before, so that no change is missed in between.
+            # The watch began before this, so no change in between is missed.
             try:
                 await trio.to_thread.run_sync(self._objects.recover)
             except OSError as error:
@@ -93,8 +93,8 @@ class Settling:
                 _log.error("cache not synced", error=error)
 
     async def _examine(self) -> None:
-        """Look at all objects, as some may have been changed unnoticed."""
-        _log.warning("changes of cached objects were missed, all are looked at")
+        """Examine all objects, as the watch has missed changes."""
+        _log.warning("changes of cached objects were missed, all are examined")
         self._objects.distrust_new()
         self._contents.close()
         try:
@@ -103,7 +103,7 @@ class Settling:
             _log.error("cache not examined", error=error)
 
     def look(self) -> bool:
-        """Follow what has happened to objects until now; returns whether any was opened."""
+        """Process what has happened to objects until now; returns whether any was opened."""
         if self._watch is None:
             return False
         changed, opened = self._watch.take()
@@ -116,7 +116,7 @@ class Settling:
         return bool(opened)
 
     async def _follow(self, watch: ObjectWatch) -> None:
-        """Take away objects that somebody writes to, and tell of those that are opened."""
+        """Hide objects that somebody writes to, and report those that are opened, for ever."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(watch.fd)
@@ -127,9 +127,9 @@ class Settling:
 
 
 async def keep_within_limits(contents: OpenFiles, evictor: Evictor) -> None:
-    """Look at the limits, and let go of what was evicted by whichever process; for ever.
+    """Evict beyond the limits, and close contents that any process has evicted; for ever.
 
-    What is stored is looked at when it is stored. This is for what others do with the disk.
+    Storing checks the limits itself. This is for what other programs do with the disk.
 
     Args:
         contents: the process's table of open contents.

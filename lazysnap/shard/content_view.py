@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second view of a shard: files by what they contain, `contents/<slot>/<aa>/<name>`.
 
-For images whose trees the kernel serves itself (see `lazysnap.erofs`), overlay looks for the bytes of a
-file here when `cache/objects` does not have it. `<slot>` is the uppermost layer of the image; its
+For images whose trees the kernel serves itself (see `lazysnap.erofs`), overlay looks here for the bytes
+of a file that `cache/objects` does not have. `<slot>` is the uppermost layer of the image; its
 directory shows the contents of that layer and of all below it, as far as they are on this shard. A file
 is the same inode as in the directory of its own layer. Knows nothing of FUSE but its inode numbers.
 """
@@ -33,7 +33,7 @@ def is_directory(inode: int) -> bool:
 
 
 class ContentView:
-    """Looks contents up.
+    """Finds files by what they contain.
 
     Args:
         layers: of the shard.

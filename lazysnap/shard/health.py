@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a layer's content can be had: from the cache, or if need be from its registry.
+"""Finds out whether all content of a layer can be read: from the cache, or from its registry.
 
-The network is asked only when the cache does not have everything and no bytes came lately. Knows no
-slots and no control socket.
+It asks the registry only if the cache lacks something and no bytes came lately. Knows no slots and no
+control socket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lazysnap.shard.calls import Health, HealthState
 from lazysnap.shard.served_layer import FailedProbe, ServedLayer
 from lazysnap.shard.settings import ShardSettings
 
-# After a failed probe the next one is not tried at once: a start asks for many layers in a row.
+# A failed probe counts for so long, as a start asks for many layers in a row.
 _PROBE_FAILED_SECONDS = 5.0
 
 
@@ -55,7 +55,7 @@ class LayerHealth:
         return Health(HealthState.DEGRADED, problem)
 
     async def find_complete(self, layer: ServedLayer) -> bool:
-        """Look whether all content of a layer is in the cache, and remember if it is."""
+        """Look whether all content of a layer is in the cache, and remember it if so."""
         generation = self._cache.objects.generation()
         complete = await trio.to_thread.run_sync(is_complete, layer.index, self._cache)
         if complete:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the background may fetch: not beside readers, and not what would only push out other things.
+"""Decides when background fetching may go on: while no reader is active and the cache is not full.
 
-Decompressing shares the process with all requests, also those that the cache answers. And a cache at
-its limit would evict something for each thing that nobody has asked for.
+Decompression takes the same process as all requests, even those that the cache answers. A full cache
+would evict something, which somebody has used, for each thing that nobody has asked for.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lazysnap.cache.eviction import Evictor
 from lazysnap.shard.activity import activity
 
 _log = log.get(__name__)
-# The background waits for such a pause between requests of the kernel, but only so long.
+# The background waits until the kernel makes no request for so long, but not longer than the second.
 _QUIET_SECONDS = 0.5
 _QUIET_MOST_SECONDS = 3.0
-# For so long after an eviction, by whichever process, the cache counts as full.
+# The cache counts as full for so long after an eviction by any process.
 _FULL_SECONDS = 600.0
 _LOOK_SECONDS = 5.0
 
 
-class Leisure:
-    """Tells the background when to go on.
+class IdleTime:
+    """Tells background fetching when it may go on.
 
     Args:
         evictor: of the cache.

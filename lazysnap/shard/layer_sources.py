@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a worker has the bytes of its layers from, and what it fetches before anybody reads.
+"""Where a worker gets the bytes of its layers, and what it fetches before anybody reads.
 
-A layer's bytes can be fetched as soon as its index is on disk, by the name of the index and before any slot
-shows the layer: while containerd is still asking for the layers below it.
+A layer's bytes can be fetched as soon as its index is on disk. No slot has to show the layer yet, so this
+begins while containerd still asks for the layers below it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = log.get(__name__)
 
 
 class LayerSources:
-    """Makes layers that can be read, as their bytes can be fetched.
+    """Makes layers whose bytes can be fetched.
 
     Args:
         registry: client for blobs.
@@ -52,6 +52,7 @@ class LayerSources:
 
     def __init__(
         self,
+        *,
         registry: Registry,
         cache: Cache,
         contents: OpenFiles,

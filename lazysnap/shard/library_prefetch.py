@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follows programs and libraries that are read here (see `lazysnap.prefetch.libraries`), over all shards.
+"""Fetches the libraries of programs that are read (see `lazysnap.prefetch.libraries`), over all shards.
 
-The layers of an image may be on several shards. Each follows the files of its own layers, and tells the
-others, by their call `link`, which of theirs are needed. Advice only: what fails is logged for developers.
+The layers of an image may be on several shards. Each shard follows the files of its own layers and calls
+`link` of the others for the files that they have. This is only advice: failures are logged at level debug.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CALL_SECONDS = 5.0
 
 
 class LibraryPrefetch:
-    """The files of a shard that are followed.
+    """Follows the files of a shard.
 
     Args:
         layers: of the shard; this is told of each file whose beginning is read.
@@ -58,7 +58,7 @@ class LibraryPrefetch:
             self._nursery.start_soon(self._follow, layer.slots[0], node)
 
     async def link(self, slot: int, node: int) -> None:
-        """Fetch what loading a file reads, and have fetched what it links to; does not wait for it.
+        """Begin to fetch what loading a file reads, and what the file links to.
 
         Args:
             slot: of this shard.
@@ -80,7 +80,7 @@ class LibraryPrefetch:
             await libraries.follow(slot, node, BytesAhead(layer.reader, self._ahead))
 
     async def _image(self, slot: int) -> Libraries:
-        """The image that a slot belongs to; of several, the one whose uppermost slot is the newest.
+        """The image that a slot belongs to: if there are several, the one with the newest top slot.
 
         Raises:
             LazysnapError: a layer of it cannot be used.

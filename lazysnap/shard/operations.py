@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FUSE requests of a shard: look up, answer, turn an error into an errno; nothing else.
+"""Answers the FUSE requests of a shard, and turns errors into errnos.
 
 An inode number is `slot << 32 | node + 1`, so that any worker can answer for what an earlier one told
 the kernel (kept between releases, see `lazysnap.shard`); slot 0 is the root of the mount. A file handle
@@ -179,7 +179,7 @@ class Operations:
             await self._list_slots(start_id, token)
             return
         if content_view.is_directory(fh):
-            return  # nobody but overlay comes here, and it asks by name
+            return  # only overlay comes here, and it asks by name
         layer, node = await self._layer(fh)
         index = layer.index
         position = start_id

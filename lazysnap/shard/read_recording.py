@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notes what is read of the layers of a shard while a start is watched, for a profile.
 
-What the kernel reads by itself is not seen, but that it opens an object can be watched, and whoever opens a
-small file reads all of it. So meanwhile only new objects that are larger are held (see
-`cache.object_states`). For a profile that is made on purpose all are, old ones as well.
+The kernel reads objects by itself, and nobody sees these reads. It can be seen that it opens an object,
+and a small file that is opened counts as read. So new objects that are larger are held (see
+`cache.object_states`) while a start is watched. For a profile that is recorded on purpose, all objects are
+held, also old ones.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _SMALL = 128 << 10
 _OPENED_MOST = 50_000
 
 
-class Recording:
-    """Starts that are watched.
+class ReadRecording:
+    """Watches starts.
 
     Args:
         layers: of the shard.
         cache: whose objects are held.
-        watch: tells what is opened of them; None if that cannot be told.
-        nursery: where they are shown again.
+        watch: reports which objects are opened; None if the kernel cannot do that.
+        nursery: where objects are shown again.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Recording:
         self._objects = cache.objects
         self._watch = watch
         self._nursery = nursery
-        # By anybody, since the last session began.
+        # Objects that anybody has opened since the last session began.
         self._opened: set[bytes] = set()
-        # Sessions that somebody wants to the end, whatever is read.
+        # Sessions that go on to their end, whatever is read.
         self._wanted: set[float] = set()
 
     async def record(self, slots: Sequence[int], since: float, fresh: bool = False) -> None:
@@ -70,7 +71,7 @@ class Recording:
             fresh: have the kernel forget what it has, as reading that would not be seen.
         """
         if fresh:
-            # Without those of commands that were killed.
+            # Commands that were killed leave sessions behind.
             expired = time.monotonic() - EXPIRES_SECONDS
             self._wanted = {begun for begun in self._wanted if begun > expired} | {since}
         for slot in slots:
@@ -114,13 +115,13 @@ class Recording:
         return found
 
     def under_way(self) -> bool:
-        """Whether a start may be going on that is watched."""
+        """Whether a watched start may be going on."""
         return any(recorder.worthwhile for _, recorder in self._recorded())
 
     def hold(self) -> None:
-        """Hold what the kernel would read unnoticed, while a start may be going on.
+        """Hold what the kernel would read unnoticed, while a watched start may be going on.
 
-        What is opened is noted until the session ends: that costs nobody a detour.
+        Openings are noted until the session ends, as that costs readers nothing.
         """
         if self._watch is not None:
             try:
@@ -133,7 +134,7 @@ class Recording:
         self._objects.hold_above = most if self.under_way() else None
 
     def opened(self, keys: Iterable[bytes]) -> None:
-        """Somebody has opened objects: most likely the kernel, for whoever reads the files.
+        """Note that objects were opened, most likely by the kernel for a reader of the files.
 
         Args:
             keys: of the objects.
@@ -144,7 +145,7 @@ class Recording:
                 self._note(key)
 
     def _note(self, key: bytes) -> None:
-        """Note that all of a small file is read: once for each session, whichever layers have it."""
+        """Note that all of a small file is read, once for each session even if several layers have it."""
         told: set[float] = set()
         for layer, recorder in self._recorded():
             if recorder.sessions <= told:
@@ -156,9 +157,9 @@ class Recording:
                 layer.reader.begun(node)
 
     def _walked(self, layer: MountedLayer) -> None:
-        """End watching, as somebody reads all of some part of a layer: what starts does not do that.
+        """End watching, as somebody reads a whole part of a layer, which no starting program does.
 
-        Then the kernel shall open files by itself, which is several times faster.
+        From now on the kernel opens files by itself, which is several times faster.
         """
         if layer.recorder is None:
             return
@@ -177,7 +178,10 @@ class Recording:
         await trio.to_thread.run_sync(self._objects.release)
 
     def _drop_pages(self, layer: MountedLayer) -> None:
-        """In a thread, as the kernel may wait for requests that the event loop answers."""
+        """Drop the kernel's pages of a layer.
+
+        It runs in a thread, as the kernel may wait for requests that the event loop answers.
+        """
         index = layer.index
         for node in range(index.node_count):
             attributes = index.attributes(node)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker tells of itself: counts for the daemon's metrics, and the state of its layers for people.
+"""What a worker reports: counts for the daemon's metrics, and the state of its layers for people.
 
-Only looks; changes nothing.
+Changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lazysnap.shard.calls import LayerStatus, Metrics
 from lazysnap.shard.mounted_layers import MountedLayer
 
 HUNG_SECONDS = 30.0
-"""A read that waits for longer counts as hung."""
+"""A read that waits longer counts as hung."""
 
 
 def registry_sample(registry: Registry) -> Sample:

@@ -21,12 +21,12 @@ FIRST_XATTR_SHARD = 64
 """Shards from this number on serve extended attributes; those below answer that there are none.
 
 overlay asks for an attribute at each look-up, and the kernel remembers only one answer: that a whole
-mount has none (ENOSYS). Most layers have none, and reading their trees takes a third of the time then.
+mount has none (ENOSYS). Most layers have none, and their trees are then read in a third of the time.
 """
 
 
 class ShardSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker has to know beside its slots.
+    """What a worker has to know besides its slots.
 
     Attributes:
         registry: of the registry client.
@@ -65,10 +65,10 @@ def serves_xattrs(root: str, number: int) -> bool:
 
 
 def serve_xattrs_everywhere(root: str) -> None:
-    """From now on all shards of a root serve extended attributes, for good.
+    """Make all shards of a root serve extended attributes from now on, for good.
 
-    While the kernel serves trees it does not ask for them, so layers are on whichever shard; but
-    another day it may not be able to.
+    While the kernel serves trees itself, it does not ask shards for attributes, so layers with some are put
+    on any shard. After a restart the kernel may not be able to, and then it asks.
 
     Raises:
         Internal: the disk refuses.

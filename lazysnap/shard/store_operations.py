@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FUSE requests of a shard that serves an additional layer store, beside those of any shard.
 
-Clients (containers/storage) count their references by requests that must fail with ENOENT: creating
-`use` in a layer's directory is one more, removing that directory one less. Directories of names are not
-listed, so that nobody walks into layers by accident. Nothing else can be written.
+Clients (containers/storage) count their references by requests that must fail with ENOENT: to create
+`use` in a layer's directory adds one, to remove that directory takes one off. Directories of names are not
+listed, so that nobody walks into layers by accident. All other writes are refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WRITES = (
 )  # fmt: skip
 
 
-class NamedOperations(Operations):
+class StoreOperations(Operations):
     """Handlers for pyfuse3.
 
     Args:
@@ -44,7 +44,7 @@ class NamedOperations(Operations):
     NAMES = (*Operations.NAMES, "create", "rmdir", *_WRITES)
 
     def __init__(
-        self, layers: MountedLayers, root: str, view: store_view.Names, blobs: WholeBlobs
+        self, layers: MountedLayers, root: str, view: store_view.StoreView, blobs: WholeBlobs
     ) -> None:
         super().__init__(layers, root, xattrs=True)
         self.view = view

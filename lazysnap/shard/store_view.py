@@ -3,8 +3,8 @@
 
 `layers/<base64 of the reference>/<digest>` has `diff`, which is the layer's directory, `info` and
 `blob`. Inode numbers are computed, as everywhere in a shard: that of an image's directory from its name,
-the others from the slot. Who does not know a name asks the store's daemon, which mounts the layer if
-that can be done. Knows nothing of FUSE but its inode numbers.
+the others from the slot. For a name that is not known, the store's daemon is asked, which mounts the layer
+if it can. Knows nothing of FUSE but its inode numbers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def image_inode(reference: str) -> int:
     return _VIEW | number & (_IMAGE - 1) | _IMAGE
 
 
-class Names:
+class StoreView:
     """What the names of an additional layer store mean.
 
     Args:
@@ -75,7 +75,7 @@ class Names:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        # Nobody can be told to forget these, as clients may hold their directories.
+        # These are not forgotten, as clients may hold their directories.
         self._images: OrderedDict[int, str] = OrderedDict()
         self._layers: dict[tuple[str, str], NamedLayer] = {}
         self._by_slot: dict[int, NamedLayer] = {}
@@ -151,7 +151,7 @@ class Names:
         return name
 
     async def note(self, what: str, slot: int, pid: int) -> None:
-        """Tell the daemon of a client's reference; one that is down finds out when it starts.
+        """Tell the daemon of a client's reference; a daemon that is down finds out when it starts.
 
         Args:
             what: `used` or `released`.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker of a shard: serves the FUSE session that the keeper holds, until it is told to end.
 
-Forked by the keeper (see there). It may be killed at any moment: all it knows is on disk, and the
+The keeper forks it (see there). It may be killed at any moment: all that it knows is on disk, so the
 next one goes on. Beside FUSE it serves the control socket `shards/<n>.sock`, with the calls of
 `WorkerCalls`.
 """
@@ -34,7 +34,7 @@ from lazysnap.prefetch.readahead import prepare_tree
 from lazysnap.registry.client import Blob, Registry
 from lazysnap.shard import memory, reporting
 from lazysnap.shard.blobs import WholeBlobs
-from lazysnap.shard.cache_upkeep import Settling, keep_within_limits, watch_objects
+from lazysnap.shard.cache_upkeep import CacheUpkeep, keep_within_limits, watch_objects
 from lazysnap.shard.calls import (
     Health,
     HealthState,
@@ -48,23 +48,23 @@ from lazysnap.shard.calls import (
 )
 from lazysnap.shard.expecting import expect, shown
 from lazysnap.shard.health import LayerHealth
-from lazysnap.shard.idle import Leisure
+from lazysnap.shard.idle import IdleTime
 from lazysnap.shard.layer_sources import LayerSources, drain, prefetch
 from lazysnap.shard.library_prefetch import LibraryPrefetch
 from lazysnap.shard.mounted_layers import MountedLayer, MountedLayers
 from lazysnap.shard.operations import Operations
-from lazysnap.shard.read_recording import Recording
+from lazysnap.shard.read_recording import ReadRecording
 from lazysnap.shard.served_layer import ServedLayer
 from lazysnap.shard.settings import ShardSettings, read_settings, serves_xattrs
-from lazysnap.shard.store_operations import NamedOperations
-from lazysnap.shard.store_view import Names
+from lazysnap.shard.store_operations import StoreOperations
+from lazysnap.shard.store_view import StoreView
 
 _log = log.get(__name__)
 # Kept between releases, see `lazysnap.shard`; the keeper has them, too.
 EXIT_UNMOUNTED = 0
 EXIT_RESTART = 75
 _DESCRIPTORS = 1 << 16
-# Longest wait, before a use, until all objects in the cache were looked at.
+# How long a use waits, at most, until all objects in the cache have been examined.
 _CHECKED_SECONDS = 2.0
 
 
@@ -94,16 +94,16 @@ class Worker(WorkerCalls):
         self.evictor = Evictor(self.cache, settings.cache)
         self.contents = OpenFiles(self.cache, evictor=self.evictor)
         self.scheduler = Scheduler(settings.limits)
-        self.ahead = PrefetchQueue(self.scheduler, nursery, Leisure(self.evictor).wait)
+        self.ahead = PrefetchQueue(self.scheduler, nursery, IdleTime(self.evictor).wait)
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
         sources = LayerSources(
-            registry,
-            self.cache,
-            self.contents,
-            self.scheduler,
-            self.ahead,
-            nursery,
-            self._decoders,
+            registry=registry,
+            cache=self.cache,
+            contents=self.contents,
+            scheduler=self.scheduler,
+            ahead=self.ahead,
+            nursery=nursery,
+            decoders=self._decoders,
         )
         self.layers = MountedLayers(root, number, sources.make)
         self.libraries = LibraryPrefetch(self.layers, self.ahead, nursery)
@@ -112,8 +112,8 @@ class Worker(WorkerCalls):
         self._nursery = nursery
         self._health = LayerHealth(self.cache, settings)
         watch = watch_objects(self.cache)
-        self.recording = Recording(self.layers, self.cache, watch, nursery)
-        self.settling = Settling(
+        self.recording = ReadRecording(self.layers, self.cache, watch, nursery)
+        self.upkeep = CacheUpkeep(
             self.contents,
             settings.seal_seconds,
             watch,
@@ -121,14 +121,14 @@ class Worker(WorkerCalls):
             self.recording.opened,
         )
         self._started = time.monotonic()
-        self.names = Names(root) if settings.named else None
+        self.store_view = StoreView(root) if settings.named else None
 
     def operations(self) -> Operations:
         """The handlers of FUSE requests."""
-        if self.names is None:
+        if self.store_view is None:
             return Operations(self.layers, self.root, xattrs=serves_xattrs(self.root, self.number))
-        return NamedOperations(
-            self.layers, self.root, self.names, WholeBlobs(self.root, self._blob)
+        return StoreOperations(
+            self.layers, self.root, self.store_view, WholeBlobs(self.root, self._blob)
         )
 
     async def _blob(self, slot: int) -> Blob:
@@ -164,7 +164,12 @@ class Worker(WorkerCalls):
         return Loaded(layer.index.node_count)
 
     async def _prefetch(self, layer: MountedLayer, reads: PackedReads | None) -> None:
-        """Read from the disk, and unless that has begun fetch, what a start needs."""
+        """Read what a start needs from the disk, and fetch the rest of it unless that has begun.
+
+        Args:
+            layer: of the slot.
+            reads: of a profile; None if they are being fetched already.
+        """
         with advice(_log, "fetching ahead failed", layer=layer.record.layer_digest):
             await trio.to_thread.run_sync(prepare_tree, self.cache, layer.record)
             if reads is not None:
@@ -179,16 +184,18 @@ class Worker(WorkerCalls):
             self._nursery.start_soon(self._find_complete, layer, done)
 
     async def _find_complete(self, layer: ServedLayer, done: trio.Event) -> None:
-        """Look for each file of a layer as soon as all are fetched, or the next start would do it."""
+        """Look for each file of a layer as soon as all are fetched, so that no start has to."""
         await done.wait()
         try:
             if not layer.closed:
                 await self._health.find_complete(layer)
         except LazysnapError as error:
-            _log.debug("a layer cannot be looked at", layer=layer.origin.layer_digest, error=error)
+            _log.debug(
+                "completeness of a layer is not known", layer=layer.origin.layer_digest, error=error
+            )
 
     async def resume(self) -> None:
-        """Go on with what an earlier worker had not fetched yet."""
+        """Go on fetching in the background where an earlier worker ended."""
         if not self.settings.background:
             return
         for slot in self.layers.slots():
@@ -209,7 +216,9 @@ class Worker(WorkerCalls):
             self.layers.forget(slot)
             if not reload:
                 place = (
-                    self.names.forget(slot) if self.names else (pyfuse3.ROOT_INODE, b"%d" % slot)
+                    self.store_view.forget(slot)
+                    if self.store_view
+                    else (pyfuse3.ROOT_INODE, b"%d" % slot)
                 )
                 if place is not None:
                     pyfuse3.invalidate_entry_async(*place, deleted=0, ignore_enoent=True)
@@ -218,7 +227,7 @@ class Worker(WorkerCalls):
         """Find out whether slots can be read."""
         result: dict[int, Health] = {}
         with trio.move_on_after(_CHECKED_SECONDS):
-            await self.settling.checked.wait()
+            await self.upkeep.checked.wait()
 
         async def look(slot: int) -> None:
             try:
@@ -227,7 +236,7 @@ class Worker(WorkerCalls):
             except LazysnapError as error:
                 result[slot] = Health(HealthState.FAILED, str(error))
             except Exception as error:  # one bad layer must not hide the state of the others
-                _log.exception("health of a layer cannot be told", slot=slot)
+                _log.exception("health of a layer is not known", slot=slot)
                 result[slot] = Health(HealthState.FAILED, repr(error))
 
         async with trio.open_nursery() as nursery:
@@ -260,7 +269,7 @@ class Worker(WorkerCalls):
 
     async def recorded(self, slots: Sequence[int], since: float) -> dict[str, list[Read]]:
         """End `record`; what was read, by layer digest."""
-        self.settling.look()  # also what was opened a moment ago
+        self.upkeep.look()  # also what was opened a moment ago
         return await self.recording.recorded(slots, since)
 
     async def trace(self, slots: Sequence[int], since: float = 0.0) -> list[Told]:
@@ -305,7 +314,7 @@ async def _main(target: pyfuse3.Operations, root: str, number: int) -> int:
         worker.operations().install(target)
         socket_path = Root(root).shard_socket(number)
         await nursery.start(channel.serve, socket_path, handlers(worker))
-        nursery.start_soon(worker.settling.run)
+        nursery.start_soon(worker.upkeep.run)
         nursery.start_soon(worker.layers.tidy)
         nursery.start_soon(keep_within_limits, worker.contents, worker.evictor)
         nursery.start_soon(worker.resume)

@@ -11,7 +11,7 @@ import trio
 from lazysnap.cache import Cache
 from lazysnap.cache.watch import ObjectWatch
 from lazysnap.fetch.open_files import OpenFiles
-from lazysnap.shard.cache_upkeep import Settling
+from lazysnap.shard.cache_upkeep import CacheUpkeep
 
 _EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
 
@@ -34,9 +34,9 @@ async def test_changes_that_the_kernel_could_not_tell_are_found(tmp_path: Path) 
             file.write(b"x")
     for path in paths[1:3]:
         path.write_bytes(b"y" * 1000)
-    settling = Settling(contents, 0.05, watch, lambda: None, lambda _: None)
+    upkeep = CacheUpkeep(contents, 0.05, watch, lambda: None, lambda _: None)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(settling.run)
+        nursery.start_soon(upkeep.run)
         with trio.fail_after(60):
             while any(path.exists() for path in paths[:3]):
                 await trio.sleep(0.01)
