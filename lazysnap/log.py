@@ -124,7 +124,15 @@ class _JournalHandler(logging.StreamHandler[Any]):
 
     def _notice(self) -> logging.LogRecord:
         text = "journald did not take log entries, they are lost"
-        notice = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, None, None)
+        notice = logging.LogRecord(
+            __name__,
+            logging.WARNING,
+            pathname=__file__,
+            lineno=0,
+            msg=text,
+            args=None,
+            exc_info=None,
+        )
         notice.__dict__["fields"] = {"lost": self._lost}
         return notice
 

@@ -266,14 +266,8 @@ class _Servicer(pb_grpc.SnapshotsServicer):
         return pb.MountsResponse(mounts=map(_mount, mounts))
 
     def Commit(self, request: pb.CommitSnapshotRequest, context: grpc.ServicerContext) -> Empty:
-        self._run(
-            context,
-            self._snapshotter.commit,
-            request.name,
-            request.key,
-            dict(request.labels),
-            request.parent,
-        )
+        what = (request.name, request.key, dict(request.labels), request.parent)
+        self._run(context, self._snapshotter.commit, *what)
         return Empty()
 
     def Remove(self, request: pb.RemoveSnapshotRequest, context: grpc.ServicerContext) -> Empty:

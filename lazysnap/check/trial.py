@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lazysnap import mounts
 from lazysnap.errors import LazysnapError
@@ -31,7 +31,7 @@ OPAQUE = "trusted.overlay.opaque"
 
 def overlay(directory: str) -> bool:
     """Whether overlay works there: copying up, and whiteouts."""
-    lower, upper, work, merged = _directories(directory, "lower", "upper", "work", "merged")
+    lower, upper, work, merged = _directories(directory, ("lower", "upper", "work", "merged"))
     for name in ("changed", "removed"):
         _write(f"{lower}/{name}", _CONTENT)
     mounts.mount(
@@ -57,7 +57,7 @@ def opaque_spreads(directory: str, attribute: str = OPAQUE) -> bool:
         attribute: the mark.
     """
     bottom, lower, upper, work, merged = _directories(
-        directory, "bottom", "lower", "upper", "work", "merged"
+        directory, ("bottom", "lower", "upper", "work", "merged")
     )
     os.mkdir(f"{bottom}/d")
     os.mkdir(f"{lower}/d")
@@ -70,7 +70,7 @@ def opaque_spreads(directory: str, attribute: str = OPAQUE) -> bool:
 
 def data_only(directory: str) -> bool:
     """Whether a file's data can come from a data-only lower layer."""
-    trees, data, merged = _directories(directory, "trees", "data", "merged")
+    trees, data, merged = _directories(directory, ("trees", "data", "merged"))
     _write(f"{data}/content", _CONTENT)
     with open(f"{trees}/file", "wb") as file:
         file.truncate(len(_CONTENT))
@@ -86,7 +86,7 @@ def data_only(directory: str) -> bool:
 
 def erofs_file(directory: str) -> bool:
     """Whether an EROFS image can be mounted from a file, without a loop device."""
-    (merged,) = _directories(directory, "merged")
+    (merged,) = _directories(directory, ("merged",))
     _write(f"{directory}/image", zlib.decompress(base64.b64decode(_EROFS)))
     try:
         mounts.mount(f"{directory}/image", merged, "erofs", mounts.MS_RDONLY)
@@ -109,7 +109,7 @@ TRIALS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def _directories(directory: str, *names: str) -> list[str]:
+def _directories(directory: str, names: Sequence[str]) -> list[str]:
     paths = [f"{directory}/{name}" for name in names]
     for path in paths:
         os.mkdir(path)

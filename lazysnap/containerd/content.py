@@ -236,7 +236,9 @@ class Content:
                     if trio.current_time() > deadline:
                         raise
                 else:
-                    writer = Writer(self, stream, ref, digest, size, status.offset)
+                    writer = Writer(
+                        self, stream, ref=ref, digest=digest, size=size, offset=status.offset
+                    )
                     async with _aborting(writer):
                         yield writer
                     return
@@ -270,6 +272,7 @@ class Writer:
         self,
         content: Content,
         stream: Exchange[pb.WriteContentRequest, pb.WriteContentResponse],
+        *,
         ref: str,
         digest: str,
         size: int,

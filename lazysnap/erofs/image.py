@@ -226,7 +226,7 @@ class _Builder:
             raise FormatError(f"EROFS cannot hold a file of {size} bytes", reason="file-too-large")
         marks = xattrs.data_marks(*self.index.content_keys(first, count, keys))
         area = xattrs.area(marks + self._xattrs(node, xattr))
-        self._append(node, row, CHUNK_BASED, size, area, NULL_CHUNK * chunks, i_u=CHUNK_FORMAT)
+        self._append(node, row, CHUNK_BASED, size, area, tail=NULL_CHUNK * chunks, i_u=CHUNK_FORMAT)
 
     def _symlink(self, node: int, row: tuple[int, ...]) -> None:
         target = self.index.readlink(node)
@@ -234,7 +234,7 @@ class _Builder:
             xattrs.check_symlink(self.index.xattrs(node))
         area = xattrs.area(self._xattrs(node, row[10]))
         if INODE_SIZE + len(area) + len(target) <= BLOCK:
-            self._append(node, row, FLAT_INLINE, len(target), area, target)
+            self._append(node, row, FLAT_INLINE, len(target), area, tail=target)
         else:
             at = self._append(node, row, FLAT_PLAIN, len(target), area)
             self.targets.append((self._allocate(at, -(-len(target) // BLOCK)), target))
@@ -255,7 +255,7 @@ class _Builder:
             FLAT_INLINE if inline else FLAT_PLAIN,
             full * BLOCK + tail,
             area,
-            bytes(tail) if inline else b"",
+            tail=bytes(tail) if inline else b"",
         )
         blocks = full if inline else full + 1
         block = self._allocate(at, blocks) if blocks else 0
@@ -293,6 +293,7 @@ class _Builder:
         layout: int,
         size: int,
         area: bytes,
+        *,
         tail: bytes = b"",
         i_u: int = 0,
     ) -> int:

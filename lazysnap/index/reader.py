@@ -99,7 +99,14 @@ class LayerIndex(TreeIndex):
         )
         if member == NO_MEMBER:
             member = -1
-        return Chunk(node, offset, size, member, inner, digest if checked else None)
+        return Chunk(
+            node=node,
+            file_offset=offset,
+            size=size,
+            member=member,
+            inner_offset=inner,
+            digest=digest if checked else None,
+        )
 
     def holes(self, content: FileContent) -> list[int]:
         """The chunks of a file that are all zeros, counted from its first; fast, however many it has."""

@@ -89,7 +89,13 @@ class TreeIndex:
         self.total_size: int = facts[8]
         self.toc_digest = Digest.from_sha256(facts[9])
         mode, uid, gid, _, mtime_ns = facts[10:15]
-        self.recorded_root = Attributes(mode, uid, gid, 2, 0, 0, mtime_ns, 0) if mode else None
+        self.recorded_root = (
+            Attributes(
+                mode=mode, uid=uid, gid=gid, nlink=2, rdev=0, size=0, mtime_ns=mtime_ns, flags=0
+            )
+            if mode
+            else None
+        )
         self._sections(raw)
 
     def _sections(self, raw: bytes | mmap.mmap) -> None:

@@ -182,7 +182,14 @@ class Authenticator:
             return _basic(credential), float("inf")
         if credential.registry_token:
             return f"Bearer {credential.registry_token}", float("inf")
-        request = _TokenRequest(self._transport, challenge, endpoint, scope, credential, backoff)
+        request = _TokenRequest(
+            transport=self._transport,
+            challenge=challenge,
+            endpoint=endpoint,
+            scope=scope,
+            credential=credential,
+            backoff=backoff,
+        )
         return await request.run()
 
 

@@ -105,4 +105,12 @@ async def assemble(
         raise RegistryNotFound(
             f"{reference} is for {config.platform}, not for {platform}", reason="no-platform"
         )
-    return Image(reference, top[0], tuple(documents), descriptor, document, config, config_bytes)
+    return Image(
+        reference=reference,
+        top=top[0],
+        documents=tuple(documents),
+        descriptor=descriptor,
+        manifest=document,
+        config=config,
+        config_bytes=config_bytes,
+    )

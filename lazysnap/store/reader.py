@@ -201,14 +201,14 @@ def _snapshot(row: Sequence[Any], labels: Mapping[str, str]) -> Snapshot:
     number, name, kind, parent, created, updated, size, inodes = row
     usage = None if size is None else Usage(size, inodes)
     return Snapshot(
-        number,
-        name,
-        Kind(kind),
-        parent or "",
-        created,
-        updated,
-        usage,
-        MappingProxyType(labels),
+        id=number,
+        name=name,
+        kind=Kind(kind),
+        parent=parent or "",
+        created_ns=created,
+        updated_ns=updated,
+        usage=usage,
+        labels=MappingProxyType(labels),
     )
 
 
