@@ -3,7 +3,7 @@
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # httpx loads its command line where rich is installed, though nobody runs it: 45 ms and 5 MB in each
 # of our processes. A None here makes that import fail in the way that httpx expects without rich.

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import lazysnap
 from lazysnap.erofs import trailer
 from lazysnap.index import layout
 from lazysnap.layers import blob_tail, slots, store_names, tree_images
 from lazysnap.prefetch import profile
 from lazysnap.store import schema
 
-_CHANGELOG = (Path(__file__).parent.parent / "CHANGELOG.md").read_text()
+_PROJECT = Path(__file__).parent.parent
+_CHANGELOG = (_PROJECT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,12 @@ def test_it_tells_the_version(what: str, version: str) -> None:
 
 def test_profiles_are_stored_in_registries_by_their_type() -> None:
     assert f"`{profile.ARTIFACT_TYPE}`" in _CHANGELOG
+
+
+def test_one_release_is_named_everywhere() -> None:
+    project = tomllib.loads((_PROJECT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == lazysnap.__version__
+    # A daemon replaces workers of another release only: what follows a release must differ from it.
+    released = re.findall(r"^## (\S+)$", _CHANGELOG, re.M)
+    assert ("Unreleased" in released) == ("dev" in lazysnap.__version__)
+    assert lazysnap.__version__ not in released or "Unreleased" not in released
