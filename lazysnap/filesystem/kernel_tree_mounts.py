@@ -4,7 +4,7 @@
 Where the kernel can (see `kernel_trees`), a mount point shows the layer's tree from an EROFS image.
 Containers get a read-only overlay of an image's layers, `merged/<slot>` of the uppermost lazy one. In it
 overlay finds the bytes of files by their digests: first among the cached objects, without asking any
-process, then in the second view of the shards. All containers of an image share this overlay.
+process, then in the content view of the shards. All containers of an image share this overlay.
 
 Otherwise the shard's directory of a layer is bound at its mount point, which shows everything. Both kinds
 can be mixed in one image, and a layer can change from one to the other at a restart. All functions block.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second view of a shard: files by what they contain, `contents/<slot>/<aa>/<name>`.
+"""The content view of a shard: files by what they contain, `contents/<slot>/<aa>/<name>`.
 
 For images whose trees the kernel serves itself (see `lazysnap.erofs`), overlay looks here for the bytes
 of a file that `cache/objects` does not have. `<slot>` is the uppermost layer of the image; its

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The third view of a shard, for an additional layer store: layers by image and digest.
+"""The store view of a shard, for an additional layer store: layers by image and digest.
 
 `layers/<base64 of the reference>/<digest>` has `diff`, which is the layer's directory, `info` and
 `blob`. Inode numbers are computed, as everywhere in a shard: that of an image's directory from its name,
