@@ -29,7 +29,7 @@ missing, and so may each key in it. An unknown key or a wrong value is an error 
 
 A key that takes effect at a *reload* follows the changed file at SIGHUP (`systemctl reload
 lazysnap`). The others take effect at a *restart* of the daemon (`systemctl restart lazysnap`).
-Containers go on reading in both cases. Shards outlive the daemon, so `shards.max_background` and
+Containers continue to read in both cases. Shards outlive the daemon, so `shards.max_background` and
 `shards.read_ahead_kib` only reach those that are started afterwards."""
 
 _COLUMNS = """\
