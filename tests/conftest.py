@@ -49,6 +49,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: --soak"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """See that xdist has taken up the groups, without which tests that use the machine disturb others."""
+    if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and not item.nodeid.endswith("@machine"):
+                raise pytest.UsageError("this pytest and this pytest-xdist do not know groups")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
