@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from lazysnap.cache.eviction import CacheLimits
+from lazysnap.cache_settings import cache_limits
 from lazysnap.config import Config
 from lazysnap.fetch.scheduler import Limits
 from lazysnap.registry.hosts import RegistrySettings
@@ -16,15 +16,6 @@ def registry_settings(config: Config) -> RegistrySettings:
         plain_http_hosts=frozenset(config.registry.plain_http_hosts),
         retry_seconds=config.registry.retry_seconds,
         stall_seconds=config.registry.stall_seconds,
-    )
-
-
-def cache_limits(config: Config) -> CacheLimits:
-    """How much of the disk the cache may use."""
-    return CacheLimits(
-        size_limit_bytes=config.cache.size_limit_bytes,
-        reserve_bytes=config.cache.reserve_bytes,
-        reserve_percent=config.cache.reserve_percent,
     )
 
 

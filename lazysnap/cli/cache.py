@@ -25,6 +25,7 @@ from lazysnap.cache.eviction import CacheLimits, exclusive
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
 from lazysnap.cache.verification import Verification, verify
+from lazysnap.cache_settings import cache_limits
 from lazysnap.cli import units
 from lazysnap.cli.groups import Group
 from lazysnap.cli.options import CONFIG_HELP, ROOT_HELP, config_option, root_option
@@ -32,7 +33,6 @@ from lazysnap.errors import ConfigError, LazysnapError, Unavailable
 from lazysnap.layers.slots import list_slots, read_slot
 from lazysnap.paths import INDEX_TAIL, Root
 from lazysnap.quantities import bytes_text
-from lazysnap.settings import cache_limits
 
 _EXIT_REPAIRED = 1
 _EXIT_WRONG = 2

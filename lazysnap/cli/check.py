@@ -15,6 +15,7 @@ import click
 import trio
 
 from lazysnap import config_file, log, paths
+from lazysnap.cache_settings import cache_limits
 from lazysnap.check.everything import PROBES
 from lazysnap.check.finding import Context, Finding, Level, failure
 from lazysnap.check.running import exit_code, repair, run
@@ -24,7 +25,6 @@ from lazysnap.config import Config
 from lazysnap.errors import ConfigError
 from lazysnap.reference import Reference
 from lazysnap.registry.hosts import RegistrySettings
-from lazysnap.settings import cache_limits
 
 
 @click.command()

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import click
 
 
@@ -17,6 +15,8 @@ class Group(click.Group):
         name = args[0]
         known = self.list_commands(ctx)
         if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib  # only for this error, as every command loads this module
+
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(known)}."
             ctx.fail(f"No such command {name!r}. {advice}")
