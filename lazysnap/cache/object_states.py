@@ -69,8 +69,9 @@ objects are held; `put` then stands for an object that is larger than `hold_abov
 `verify` makes any object ABSENT whose bytes are wrong. Each verb makes a file appear, move or vanish in
 one step, so a crash within one is as before or after it; what is left of an unfinished file has a
 temporary name, and `pruning` removes it. Other processes work on the same files: what is NEW here may be
-put aside by their `recover`, and is then HELD_NEW. A key has a file in both places when an object that is
-aside is stored anew: the shown one counts, and `seal` removes the other one. Knows nothing of files: pure.
+put aside by their `recover`, and is then HELD_NEW. Storing removes the file in the other place. A key has
+one in both only if two processes store it at the same time: the shown one counts, and `seal` removes the
+other one. Knows nothing of files: pure.
 """
 
 from __future__ import annotations

@@ -206,10 +206,12 @@ class ObjectStore:
 
     def _stored(self, key: bytes, place: Place) -> None:
         """Note that an object was stored; not before, as its name may have stood for a wrong one."""
+        # What is in the other place may be wrong: it would count, or come back by another process.
         if place is Place.ASIDE:
-            self._files.unlink(key, Place.SHOWN)  # it would count, and may be wrong
+            self._files.unlink(key, Place.SHOWN)
             self._held.add(key)
         else:
+            self._files.unlink(key, Place.ASIDE)
             self._held.discard(key)
         self._verified.add(key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -344,3 +345,18 @@ def test_a_changed_object_does_not_replace_a_right_one(store: ObjectStore) -> No
     _again(store).distrust(KEY)
     assert not Path(store.root, store.name(KEY)).exists()
     assert _read(store) == DATA
+
+
+def test_a_changed_object_does_not_come_back_by_another_process(store: ObjectStore) -> None:
+    store.put(KEY, DATA)
+    store.seal()
+    with _path(store).open("r+b") as file:
+        file.write(b"WRONG")
+    store.distrust(KEY)
+    store.put(KEY, DATA)
+    with contextlib.closing(_again(store)) as other:
+        other.recover()  # as when another worker starts: puts aside what is not sealed
+        store.seal()
+        other.verify(KEY)
+        assert _read(other) == DATA
+    assert not _path(store).exists() or _path(store).read_bytes() == DATA
