@@ -2,8 +2,6 @@
 """Seals new objects, hides those that somebody changed from the kernel, and reports those it opens.
 
 Also keeps the cache within its limits while a process serves from it. Knows nothing of layers or requests.
-
-Knows nothing of layers or requests.
 """
 
 from __future__ import annotations

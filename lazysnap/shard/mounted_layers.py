@@ -124,6 +124,8 @@ class MountedLayers:
                 found = OwnedLayer(record, served, self._owners)
             self._by_slot[slot] = found
             served.slots.append(slot)
+        else:
+            self._close_unused(served)  # the record may have named another layer then
         return found
 
     async def _serve(self, origin: LayerOrigin) -> ServedLayer:

@@ -88,6 +88,30 @@ async def test_slots_that_are_loaded_at_once_share_their_layer(tmp_path: Path) -
     contents.close()
 
 
+async def test_a_record_that_changes_while_it_is_loaded_leaves_no_layer_behind(
+    tmp_path: Path,
+) -> None:
+    layer = layers.estargz([layers.file("f", b"content")])
+    cache = Cache(str(tmp_path / "cache"))
+    for name in ("i", "j"):
+        (tmp_path / "cache" / "index" / name).write_bytes(encode(build(toc_of(layer))))
+    contents = OpenFiles(cache)
+    record = SlotRecord(
+        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+    )
+    write_slot(str(tmp_path), record)
+    async with trio.open_nursery() as nursery:
+        mounted = MountedLayers(str(tmp_path), 0, _maker(layer, contents, nursery))
+        async with trio.open_nursery() as loading:
+            loading.start_soon(mounted.load, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            write_slot(str(tmp_path), msgspec.structs.replace(record, index="j"))
+            loading.start_soon(mounted.load, 1)
+        (kept,) = [found for name in ("i", "j") if (found := mounted.served(name)) is not None]
+        assert kept.slots == [1]
+    contents.close()
+
+
 async def test_a_layer_that_is_expected_is_kept_without_a_slot(tmp_path: Path) -> None:
     layer = layers.estargz([layers.file("f", b"content")])
     cache = Cache(str(tmp_path / "cache"))
