@@ -27,7 +27,7 @@ class _Group(click.Group):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if self._is_old(args) and args[0] not in ctx.help_option_names:
+        if self._is_old(args) and not (args[0] in ctx.help_option_names and len(args) == 1):
             args = ["--", *args]  # its options are not those of the group
         return super().parse_args(ctx, args)
 

@@ -177,3 +177,8 @@ def test_the_help_has_the_subcommands_and_not_the_old_form(it: Scene) -> None:
     assert names == sorted(form[0] for form in FORMS)
     assert "--push" not in page
     assert it.run().output == page
+
+
+def test_the_old_form_has_its_help_also_before_other_options(it: Scene) -> None:
+    done = it.run("--help", "--forget")
+    assert (done.exit_code, "--forget" in done.output) == (0, True)
