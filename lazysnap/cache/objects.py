@@ -12,6 +12,7 @@ by this process since it started or before the object was sealed. Nothing that i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
@@ -25,6 +26,9 @@ from lazysnap.errors import Internal
 
 _log = log.get(__name__)
 _READ_SIZE = 1 << 20
+_ZEROS = memoryview(bytes(_READ_SIZE))
+# A file of more bytes would push out of memory what others read from there.
+_LARGE = 1 << 30
 # A file's time stamp comes from a clock that ticks, at HZ=100 every 10 ms.
 _TICK_SECONDS = 0.02
 
@@ -365,8 +369,32 @@ def _break_seal(fd: int) -> None:
 
 def _sha256(fd: int) -> bytes:
     hasher = hashlib.sha256()
+    size = os.fstat(fd).st_size
     offset = 0
-    while data := os.pread(fd, _READ_SIZE, offset):
+    hole_end = size if size <= _READ_SIZE else 0
+    while offset < size:
+        # The kernel would fill the page cache with the zeros of holes, so these are not read.
+        if offset >= hole_end:
+            data_from, hole_end = _next_data(fd, offset, size)
+            for at in range(offset, data_from, _READ_SIZE):
+                hasher.update(_ZEROS[: min(_READ_SIZE, data_from - at)])
+            offset = data_from
+        data = os.pread(fd, min(_READ_SIZE, hole_end - offset) or _READ_SIZE, offset)
+        if not data:
+            break
         hasher.update(data)
+        if size > _LARGE:
+            os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
         offset += len(data)
     return hasher.digest()
+
+
+def _next_data(fd: int, offset: int, size: int) -> tuple[int, int]:
+    """Where in a file the next data begins, and the hole behind it; both its size if there are none."""
+    try:
+        data_from = os.lseek(fd, offset, os.SEEK_DATA)
+        return data_from, os.lseek(fd, data_from, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size, size
+        return offset, size  # a file system that does not tell

@@ -6,6 +6,7 @@ read:
 
 - `layer_reader`: a read of a file, and the way that it takes when bytes are missing.
 - `open_files`: the descriptors of objects and partial files that a process has open.
+- `threads`: bounds the threads by what they do.
 - `fetcher`: which members are fetched for a reader or a plan, and in which requests.
 - `members`: which members a range is in, which lie together, which are in the cache.
 - `requests`: one request: received, decoded and stored, at most one at a time for each member.

@@ -12,12 +12,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import trio
 
 from lazysnap.errors import Internal
 from lazysnap.fetch.fetcher import Fetcher
 from lazysnap.fetch.open_files import Content, OpenFiles, Parts, Whole
+from lazysnap.fetch.threads import ELSEWHERE, LARGE
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.metrics import families
@@ -132,9 +134,10 @@ class LayerReader:
         if not chunks and content is not None:
             data = await self._read_disk(content, offset, size)
             if data is None and isinstance(content, Whole):
-                # Cut off, or on a bad spot of the disk; what others have open they keep.
+                # Cut off, or on a bad spot of the disk: then `verify` removes it. What others have
+                # open they keep.
                 self._contents.forget(file.object_key)
-                self._contents.cache.objects.remove(file.object_key)
+                await self._verify(file)
             return data
         members = sorted({self.index.chunk(i).member for i in chunks})
         flights = self.fetcher.fetch(members) if members else []
@@ -170,11 +173,24 @@ class LayerReader:
         content = self._contents.find(file)
         objects = self._contents.cache.objects
         if content is None and objects.exists(file.object_key, file.size):
-            await trio.to_thread.run_sync(objects.verify, file.object_key)
+            await self._verify(file, unless_open=True)
             content = self._contents.find(file)
         if content is None and file.partial_key is not None:
             content = self._contents.create(self.index, file)
         return content
+
+    async def _verify(self, file: FileContent, *, unless_open: bool = False) -> None:
+        """Have a file's object compared with its digest, which alone says whether it is right.
+
+        Args:
+            file: whose.
+            unless_open: not if somebody else has done so while this waited for its turn.
+        """
+        threads = self._contents.threads
+        async with threads.large_checks if file.size > LARGE else threads.checks:
+            if not unless_open or self._contents.find(file) is None:
+                verify = self._contents.cache.objects.verify
+                await trio.to_thread.run_sync(verify, file.object_key, limiter=ELSEWHERE)
 
     async def _missing(
         self, content: Content | None, node: int, file: FileContent, offset: int, size: int
@@ -188,7 +204,9 @@ class LayerReader:
             return []
         chunks = self._unusable(content, node, file, offset, size)
         if any(content.file.claimed(i - file.first_chunk) for i in chunks):
-            chunks = await trio.to_thread.run_sync(self._recall, content, file, chunks)
+            limiter = self._contents.threads.checks
+            recall = partial(self._recall, content, file, chunks)
+            chunks = await trio.to_thread.run_sync(recall, limiter=limiter)
         return chunks
 
     def _recall(self, parts: Parts, file: FileContent, chunks: Sequence[int]) -> list[int]:
@@ -206,7 +224,10 @@ class LayerReader:
 
     async def _read_disk(self, content: Content, offset: int, size: int) -> bytes | None:
         try:
-            data = await trio.to_thread.run_sync(_read_on, content.fd, size, offset)
+            limiter = self._contents.threads.reads
+            data = await trio.to_thread.run_sync(
+                _read_on, content.fd, size, offset, limiter=limiter
+            )
         except OSError as error:
             self._contents.complain(error)
             return None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The open contents of a process: file descriptors of objects and partial files, least used closed.
 
-Content keys are global, so all layers of a process share one table. Used on the event loop only; each
-method is plain `def`, so no other task sees it half done. A content that is evicted from the table
-while a thread uses it is closed when the thread lets go of it.
+Content keys are global, so all layers of a process share one table. What a layer says of a content is a
+claim: objects and partial files are told apart, and an object is only found by its true size. Used on the
+event loop only; each method is plain `def`, so no other task sees it half done. A content that is evicted
+from the table while a thread uses it is closed when the thread lets go of it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ import trio
 from lazysnap import log
 from lazysnap.cache import Cache, PartialFile
 from lazysnap.cache.eviction import Evictor
+from lazysnap.fetch.threads import Threads
 from lazysnap.index.model import NO_KEY, Chunk, FileContent
 from lazysnap.index.reader import LayerIndex
 
 _log = log.get(__name__)
 # A promoted file is read once more to check it; beyond this size that is not worth it.
 _MAX_PROMOTED = 64 << 30
+# Nor is it if most of the file are holes, which cost nothing to claim, and as much as bytes to hash.
+_STORED_SHARE = 4
+# Files that wait for their promotion; those that come then stay partial.
+_PROMOTIONS_MOST = 4096
 _COMPLAIN_EVERY_SECONDS = 60.0
 _MOST_OPEN = 4096
 # As much as the kernel asks for at once (FUSE_MAX_MAX_PAGES of libfuse).
@@ -41,6 +47,7 @@ class Whole:
     """A complete object that is open."""
 
     fd: int
+    size: int
     users: int = 0
     evicted: bool = False
 
@@ -73,6 +80,8 @@ class Parts:
 
 
 Content = Whole | Parts
+# Not the key alone: a layer can claim that an object has the name of somebody's partial file.
+_Key = tuple[type[Content], bytes]
 
 
 class OpenFiles:
@@ -85,6 +94,7 @@ class OpenFiles:
 
     Attributes:
         buffer: for a caller that reads and hands on the bytes at once, without an await in between.
+        threads: of the process.
     """
 
     def __init__(
@@ -94,7 +104,8 @@ class OpenFiles:
         self.evictor = evictor
         self.limit = _affordable() if limit is None else limit
         self.buffer = memoryview(bytearray(_LARGEST_READ))
-        self._open: OrderedDict[bytes, Content] = OrderedDict()
+        self.threads = Threads()
+        self._open: OrderedDict[_Key, Content] = OrderedDict()
         self._complaints: dict[str, float] = {}
 
     def close(self) -> None:
@@ -108,14 +119,20 @@ class OpenFiles:
         Returns:
             None if nothing of it is known to be right; then `verify` or `create` may help.
         """
-        for key in (content.object_key, content.partial_key):
-            found = None if key is None else self._open.get(key)
-            if found is not None:
-                assert key is not None
-                self._open.move_to_end(key)
-                return found
+        key: _Key = (Whole, content.object_key)
+        found = self._open.get(key)
+        if isinstance(found, Whole) and found.size != content.size:
+            found = None  # it is another layer's, which tells another size
+        if found is None and content.partial_key is not None:
+            key = (Parts, content.partial_key)
+            found = self._open.get(key)
+        if found is not None:
+            self._open.move_to_end(key)
+            return found
         fd = self.cache.objects.open(content.object_key, content.size)
-        return None if fd is None else self._keep(content.object_key, Whole(fd))
+        if fd is None:
+            return None
+        return self._keep((Whole, content.object_key), Whole(fd, content.size))
 
     def create(self, index: LayerIndex, content: FileContent) -> Parts | None:
         """Open the partial file of a file of several chunks, or begin one.
@@ -125,17 +142,18 @@ class OpenFiles:
         """
         key = content.partial_key
         assert key is not None
-        found = self._open.get(key)
+        found = self._open.get((Parts, key))
         if isinstance(found, Parts):
             return found
         holes = index.holes(content)
         try:
             file = PartialFile(self.cache.partial, key, content.size, content.chunk_count, holes)
         except OSError as error:
-            self.complain(error)
+            if error.errno != errno.EFBIG:  # a layer can tell any size
+                self.complain(error)
             return None
         parts = Parts(file, key, content.object_key)
-        self._keep(key, parts)
+        self._keep((Parts, key), parts)
         return parts
 
     def hold(self, content: Content) -> None:
@@ -164,7 +182,14 @@ class OpenFiles:
             self.release(content)
 
     def forget(self, key: bytes) -> None:
-        """Take a content out of the table, e.g. as it has become another kind of file."""
+        """Take the object of a key out of the table."""
+        self._forget((Whole, key))
+
+    def forget_partial(self, key: bytes) -> None:
+        """Take the partial file of a key out of the table, as it has become an object."""
+        self._forget((Parts, key))
+
+    def _forget(self, key: _Key) -> None:
         content = self._open.pop(key, None)
         if content is not None:
             self._drop(content)
@@ -177,7 +202,7 @@ class OpenFiles:
             if not content.users and os.fstat(content.fd).st_nlink == 0
         ]
         for key in gone:
-            self.forget(key)
+            self._forget(key)
 
     def make_room(self, error: OSError, size: int) -> bool:
         """In a thread: evict if the disk is full.
@@ -204,14 +229,30 @@ class OpenFiles:
             self._complaints[name] = now
             _log.error("cache fails, serving without it", error=error)
 
-    def promote(self, parts: Parts) -> bool:
+    def may_promote(self, parts: Parts) -> bool:
+        """Whether to make a complete partial file an object now; notes that it is done if so."""
+        if parts.promoting or parts.object_key == NO_KEY or not parts.file.complete:
+            return False
+        if self.threads.promotions.statistics().tasks_waiting >= _PROMOTIONS_MOST:
+            return False
+        parts.promoting = True
+        return True
+
+    def promote(self, parts: Parts, stored: int) -> bool:
         """Make a complete partial file an object; reads all of it, so call it in a thread.
+
+        The file need not be held.
+
+        Args:
+            parts: the file.
+            stored: how many of its bytes are no holes.
 
         Returns:
             Whether it is an object now. If its digest is not the one that the table of contents
-            claims it stays what it is: all of its chunks are right, and only its name is not.
+            claims it stays what it is: all of its chunks are right, and only its name is not. So does
+            a file that is too large, or mostly holes.
         """
-        if parts.object_key == NO_KEY or parts.file.size > _MAX_PROMOTED:
+        if parts.file.size > min(_MAX_PROMOTED, stored * _STORED_SHARE):
             return False
         try:
             if self.cache.objects.adopt(parts.file.base + ".data", parts.object_key):
@@ -222,11 +263,13 @@ class OpenFiles:
         except OSError as error:
             self.complain(error)
             return False
-        _log.warning("file digest is not the one of its chunks", digest=parts.object_key.hex())
+        # Not a warning: an image can make as many of these as it likes, and they harm nobody.
+        _log.debug("file digest is not the one of its chunks", digest=parts.object_key.hex())
         parts.object_key = NO_KEY
         return False
 
-    def _keep(self, key: bytes, content: Content) -> Content:
+    def _keep(self, key: _Key, content: Content) -> Content:
+        self._forget(key)
         self._open[key] = content
         if len(self._open) > self.limit:
             self._drop(self._open.popitem(last=False)[1])

@@ -26,6 +26,7 @@ from lazysnap.fetch.decode import Decoded, Store, decode_members
 from lazysnap.fetch.members import runs
 from lazysnap.fetch.open_files import OpenFiles, Parts, store_chunk
 from lazysnap.fetch.scheduler import Priority, Scheduler, Ticket
+from lazysnap.fetch.threads import ELSEWHERE
 from lazysnap.fetch.trace import Trace
 from lazysnap.index.model import Chunk
 from lazysnap.index.reader import LayerIndex
@@ -275,14 +276,12 @@ class Requests:
                     await limits.enter_async_context(limit)
                 task_status.started()
                 decode = partial(_decode, index, members, data, base, store=store)
-                decoded, bad = await trio.to_thread.run_sync(decode)
+                decoded, bad = await trio.to_thread.run_sync(decode, limiter=ELSEWHERE)
             wrong.update(bad)
             self._land({n: flight for n, flight in flights.items() if n not in bad}, decoded)
-            for held in parts.values():
-                if held is not None and held.file.complete and not held.promoting:
-                    held.promoting = True
-                    self._contents.hold(held)  # before it is let go of below
-                    self._nursery.start_soon(self._promote, held)
+            for node, held in parts.items():
+                if held is not None and self._contents.may_promote(held):
+                    self._nursery.start_soon(self._promote, held, node)
         finally:
             for held in parts.values():
                 if held is not None:
@@ -310,14 +309,18 @@ class Requests:
                         flight.unstored[i] = decoded.unstored[i]
             self._touch_down(number, flight)
 
-    async def _promote(self, parts: Parts) -> None:
-        """Make a complete file an object; takes over a hold of it."""
-        try:
-            done = await trio.to_thread.run_sync(self._contents.promote, parts)
-        finally:
-            self._contents.release(parts)
-        if done:
-            self._contents.forget(parts.key)
+    async def _promote(self, parts: Parts, node: int) -> None:
+        """Make a complete file an object.
+
+        It is not held, as many may wait for their turn: it is made an object by its name.
+        """
+
+        def promote() -> bool:
+            return self._contents.promote(parts, self.index.stored_size(self.index.file(node)))
+
+        limiter = self._contents.threads.promotions
+        if await trio.to_thread.run_sync(promote, limiter=limiter):
+            self._contents.forget_partial(parts.key)
 
     def _complain(self, error: LazysnapError) -> None:
         self.counters.errors += 1

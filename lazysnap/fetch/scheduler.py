@@ -234,6 +234,15 @@ class Scheduler:
         self._hosts: dict[str, Host] = {}
         self._serial = 0
 
+    def leave_to_readers(self, decoders: int) -> None:
+        """Have one decoding thread do nothing but what is urgent, if there are several.
+
+        Args:
+            decoders: how many threads decode.
+        """
+        half = max(len(os.sched_getaffinity(0)) // 2, 1)
+        self.leisure.total_tokens = max(min(half, decoders - 1), 1)
+
     def apply(self, limits: Limits) -> None:
         """Keep to other limits from now on; what is under way goes on."""
         self.limits = limits

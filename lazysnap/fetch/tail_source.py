@@ -39,6 +39,8 @@ class TailSource:
         self._counters = counters
         self._tail: BlobTail | None = None
         self._looked = False
+        # What reads a tail takes no thread from what reads for others.
+        self._threads = trio.CapacityLimiter(2)
         self._used: list[tuple[int, int]] = []
 
     @asynccontextmanager
@@ -60,7 +62,7 @@ class TailSource:
         """The end of a range as far as the tail has it, and where in the blob that begins."""
         if not self._looked:
             # Twice at most when two requests come at once, with the same result.
-            self._tail = await trio.to_thread.run_sync(open_tail, self._path)
+            self._tail = await trio.to_thread.run_sync(open_tail, self._path, limiter=self._threads)
             self._looked = True
         tail = self._tail
         if tail is None or not tail.start < stop <= tail.stop:
@@ -68,7 +70,7 @@ class TailSource:
         begin = max(start, tail.start)
         if any(begin < used_stop and used < stop for used, used_stop in self._used):
             return stop, b""
-        data = await trio.to_thread.run_sync(read_tail, tail, begin, stop)
+        data = await trio.to_thread.run_sync(read_tail, tail, begin, stop, limiter=self._threads)
         if data is None:
             _log.debug("tail is gone", path=self._path)
             self._tail = None

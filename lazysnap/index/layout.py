@@ -64,6 +64,7 @@ KEYS = struct.Struct("<32s32s")  # object key, partial key
 # node, member (NO_MEMBER: zeros), file offset, size, inner offset, 1 if there is a digest, digest
 CHUNK = struct.Struct("<IIQQIB3x32s")
 CHUNK_MEMBER = struct.Struct("<4xI56x")  # of a chunk, the member alone
+CHUNK_SIZE = struct.Struct("<4xI8xQ40x")  # of a chunk, member and size
 CHUNK_DIGEST = struct.Struct("<28xB3x32s")  # of a chunk, whether there is a digest, and that
 NO_MEMBER = 2**32 - 1
 FILE_OFFSET_AT = 8
@@ -90,5 +91,5 @@ COMPRESSIONS = ("gzip", "zstd")
 
 assert NODE.size == NODE_SIZE
 assert DIRENT.size == DIRENT_SIZE
-assert CHUNK_MEMBER.size == CHUNK_DIGEST.size == CHUNK.size
+assert CHUNK_MEMBER.size == CHUNK_DIGEST.size == CHUNK_SIZE.size == CHUNK.size
 assert ATTRIBUTES.size + PLACE.size == NODE_SIZE

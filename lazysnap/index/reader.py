@@ -17,6 +17,7 @@ from lazysnap.index.layout import (
     CHUNK,
     CHUNK_DIGEST,
     CHUNK_MEMBER,
+    CHUNK_SIZE,
     FILE_OFFSET_AT,
     KEYS,
     MEMBER,
@@ -116,6 +117,15 @@ class LayerIndex(TreeIndex):
             return []
         members = CHUNK_MEMBER.iter_unpack(records)
         return [number for number, (member,) in enumerate(members) if member == NO_MEMBER]
+
+    def stored_size(self, content: FileContent) -> int:
+        """How many bytes of a file are not in chunks of zeros."""
+        at = self._chunks + content.first_chunk * CHUNK.size
+        records = self._raw[at : at + content.chunk_count * CHUNK.size]
+        if records.find(_NO_MEMBER) < 0:
+            return content.size
+        sizes = CHUNK_SIZE.iter_unpack(records)
+        return sum(size for member, size in sizes if member != NO_MEMBER)
 
     def chunk_at(self, node: int, offset: int) -> int:
         """The chunk that holds the byte at `offset` of a regular file, or -1 if none does."""

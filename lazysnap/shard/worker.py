@@ -96,6 +96,7 @@ class Worker(WorkerCalls):
         self.scheduler = Scheduler(settings.limits)
         self.ahead = PrefetchQueue(self.scheduler, nursery, IdleTime(self.evictor).wait)
         self._decoders = trio.CapacityLimiter(settings.decode_threads)
+        self.scheduler.leave_to_readers(settings.decode_threads)
         sources = LayerSources(
             registry=registry,
             cache=self.cache,
@@ -286,6 +287,7 @@ class Worker(WorkerCalls):
         self.scheduler.apply(settings.limits)
         self._registry.apply(settings.registry)
         self._decoders.total_tokens = settings.decode_threads
+        self.scheduler.leave_to_readers(settings.decode_threads)
         self._health.settings = settings
         if before.background and not settings.background:
             self.ahead.drop_all(Priority.BACKGROUND)

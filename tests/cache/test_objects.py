@@ -360,3 +360,30 @@ def test_a_changed_object_does_not_come_back_by_another_process(store: ObjectSto
         other.verify(KEY)
         assert _read(other) == DATA
     assert not _path(store).exists() or _path(store).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("parts", [[0, 3], [2, 3, 5], [0, 7], [1, 2]])
+def test_holes_are_hashed_without_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[int]
+) -> None:
+    """Bytes at some of 8 places, two megabytes each; all else are holes."""
+    place = 2 << 20
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(8 * place - 5)
+        for number in parts:
+            file.seek(number * place)
+            file.write(b"x" * 5000)
+    read = 0
+    pread = os.pread
+
+    def counting(fd: int, size: int, offset: int) -> bytes:
+        nonlocal read
+        data = pread(fd, size, offset)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    with path.open("rb") as sparse:
+        assert objects._sha256(sparse.fileno()) == hashlib.sha256(path.read_bytes()).digest()
+    assert read <= len(parts) * (64 << 10)

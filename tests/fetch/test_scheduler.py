@@ -439,3 +439,13 @@ def test_background_has_fewer_places_than_prefetch() -> None:
         scheduler = Scheduler(limits)
         assert scheduler.most(PREFETCH) == unurgent
         assert scheduler.most(BACKGROUND) == expected
+
+
+@pytest.mark.parametrize(("decoders", "most"), [(1, 1), (2, 1), (4, 3), (100, 4)])
+def test_what_nobody_waits_for_leaves_a_decoding_thread_to_readers(
+    monkeypatch: pytest.MonkeyPatch, decoders: int, most: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    scheduler = Scheduler()
+    scheduler.leave_to_readers(decoders)
+    assert scheduler.leisure.total_tokens == most
