@@ -26,8 +26,10 @@ _WINDOW_FIRST_MOST = 2 << 20
 _WINDOW_MOST = 17 << 20
 _UNURGENT_LEAST = 512 << 10
 _UNURGENT_MOST = 8 << 20
-# Members that are looked at in one turn of the event loop; each takes about ten microseconds.
+# Members that are looked at in one turn of the event loop, and no further one after so many chunks:
+# each takes about ten microseconds.
 _LOOK_MOST = 256
+_LOOK_CHUNKS = 2048
 
 
 @dataclass(slots=True, eq=False)
@@ -170,8 +172,13 @@ class Fetcher:
         host = self._scheduler.host(self.host)
         left = min(max(int(host.bandwidth / 10), _UNURGENT_LEAST), _UNURGENT_MOST)
         run: list[int] = []
-        for position in range(plan.position, min(plan.position + _LOOK_MOST, len(plan.members))):
+        looks = _LOOK_CHUNKS
+        start = plan.position
+        for position in range(start, min(start + _LOOK_MOST, len(plan.members))):
             number = plan.members[position]
+            looks -= self.index.member(number).chunk_count
+            if looks < 0 and position > start:
+                break
             if run and not adjoin(self.index, run[-1], number):
                 break
             flight = self.requests.flights.get(number)
@@ -217,10 +224,14 @@ class Fetcher:
         """The missing members right behind `last` that the window covers."""
         found: list[int] = []
         left = self._window
+        looks = _LOOK_CHUNKS
         for number in range(last + 1, min(last + 1 + _LOOK_MOST, self.index.member_count)):
             if not adjoin(self.index, number - 1, number):
                 break
             member = self.index.member(number)
+            looks -= member.chunk_count
+            if looks < 0 and found:
+                break
             left -= member.blob_end - member.blob_offset
             # In sequence one more is worth its size: it will be wanted.
             whole = left >= 0 or (self._sequential and not found)

@@ -16,7 +16,7 @@ from lazysnap.errors import FormatError
 HEAD_SIZE = 4096
 """Bytes from the beginning of a file that are enough for `parse_head` of any usual one."""
 # More than any linker writes; what is larger is not worth reading.
-_DYNAMIC_MOST = 1 << 20
+_DYNAMIC_MOST = 64 << 10
 _STRINGS_MOST = 16 << 20
 _NEEDED_MOST = 1000
 _PATHS_MOST = 2
@@ -144,6 +144,8 @@ def parse_dynamic(head: Head, data: bytes) -> Dynamic | None:
             break
         if tag == _NEEDED:
             needed.append(value)
+            if len(needed) > _NEEDED_MOST:
+                break
         elif tag in (_RPATH, _RUNPATH):
             paths.append(value)
         elif tag == _STRINGS:

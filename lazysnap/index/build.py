@@ -61,7 +61,7 @@ def build(
     Raises:
         FormatError: the table of contents contradicts itself, or an unpack would fail;
             reason `hardlink-outside-layer` if it needs files of other layers.
-        NotLazy: reasons `non-utf8-names`, `chunk-too-large`, `unverified-chunks`.
+        NotLazy: reasons `non-utf8-names`, `chunk-too-large`, `too-costly`, `unverified-chunks`.
     """
     builder = _Builder(table, max_nodes)
     for entry in toc.entries(table.json, max_entries):

@@ -28,6 +28,10 @@ _LENGTHS = struct.Struct("<QB")
 # A block of a decoder may reach beyond the wanted bytes: a zstd block is up to 128 KiB, deflate
 # codes are up to 15 bits for a byte. Twice the bytes and this much more always is enough.
 _SLACK = 256 << 10
+# A read looks at each chunk that it touches, and fetching at each chunk of a member, both while nobody
+# else is served. So many chunks of one file may be smaller than that, and so many be in one member.
+_SMALL_CHUNK, _SMALL_CHUNKS_MOST = 512, 4096
+_MEMBER_CHUNKS_MOST = 16_384
 # More than any inner offset: the place of a chunk as one number.
 _MEMBER_STRIDE = 1 << 32
 assert MAX_MEMBER_SIZE < _MEMBER_STRIDE
@@ -161,7 +165,7 @@ class Contents:
 
         Raises:
             FormatError: they contradict each other.
-            NotLazy: reason `chunk-too-large` or `unverified-chunks`.
+            NotLazy: reason `chunk-too-large`, `too-costly` or `unverified-chunks`.
         """
         first = entries[0]
         size = first.size
@@ -182,6 +186,9 @@ class Contents:
             pieces.append(piece)
         if at != size:
             raise FormatError(f"{_named(first)} has {size} bytes but chunks of {at}")
+        small = sum(piece.size < _SMALL_CHUNK for piece in pieces)
+        if small > _SMALL_CHUNKS_MOST:
+            raise _too_costly(f"{_named(first)} has {small} chunks of next to nothing")
         if first.end_offset:
             self._bound(first, first.end_offset)
         return Content(size, digest, pieces)
@@ -233,6 +240,7 @@ class Contents:
 
         Raises:
             FormatError: two chunks overlap.
+            NotLazy: reason `too-costly`.
         """
         following = dict(pairwise(sorted(self._boundaries)))  # of equal ones the last counts
         places = [piece.blob_offset * _MEMBER_STRIDE + piece.inner_offset for piece in pieces]
@@ -255,11 +263,18 @@ class Contents:
                 raise FormatError(f"two files share bytes of the member at {at}")
             filled[-1] = inner + piece.size
             numbers[chunk] = len(offsets) - 1
+        most = max((end - begin for begin, end in pairwise([*firsts, len(chunks)])), default=0)
+        if most > _MEMBER_CHUNKS_MOST:
+            raise _too_costly(f"a member of the layer has {most} chunks")
         ends = [
             min(following[offset], offset + 2 * size + _SLACK)
             for offset, size in zip(offsets, filled, strict=True)
         ]
         return Members(offsets, ends, firsts, chunks, numbers)
+
+
+def _too_costly(why: str) -> NotLazy:
+    return NotLazy(f"{why}, which would keep others waiting", reason="too-costly")
 
 
 def _named(entry: Entry) -> str:

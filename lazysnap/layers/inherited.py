@@ -17,9 +17,12 @@ from typing import Protocol
 
 from lazysnap.index.model import OPAQUE
 from lazysnap.index.reader import LayerIndex
-from lazysnap.layers.links import Link, follow
+from lazysnap.layers.links import Link, Steps, follow
 from lazysnap.layers.slots import Inherited
 from lazysnap.layers.view import LayerView
+
+# What one layer may have us search: about ten seconds.
+_STEPS_MOST = 5_000_000
 
 
 class LowerTree(Protocol):
@@ -132,12 +135,14 @@ def inherit(index: LayerIndex, lowers: Sequence[LowerTree]) -> list[Inherited]:
 
     Raises:
         OSError: an unpacked lower layer cannot be read.
+        TooManySteps: links and left-out directories were made to keep us busy.
     """
     found = []
+    steps = Steps(_STEPS_MOST)
     for node, path in index.implied():
         names = tuple(path.split(b"/"))
         for lower in lowers:
-            place = _resolve(lower, names)
+            place = _resolve(lower, names, steps)
             if place is None:
                 continue
             mode = lower.mode(place)
@@ -156,15 +161,21 @@ def hides_something(index: LayerIndex, lowers: Sequence[LowerTree]) -> bool:
     Args:
         index: of the layer.
         lowers: the layers below it.
+
+    Raises:
+        TooManySteps: the layer has too many directories for that.
     """
+    steps = Steps(_STEPS_MOST)
     left: list[tuple[int, tuple[bytes, ...], Sequence[LowerTree]]] = [(0, (), lowers)]
     while left:
         node, path, below = left.pop()
         if index.attributes(node).flags & OPAQUE:
             return True
         for _, name, child in index.children(node):
+            steps.take()
             if stat.S_ISDIR(index.attributes(child).mode):
                 place = (*path, name)
+                steps.take(len(below) * len(place))
                 merged = [tree for tree in below if _is_directory(tree, place)]
                 if merged:
                     left.append((child, place, merged))
@@ -176,16 +187,17 @@ def _is_directory(tree: LowerTree, path: tuple[bytes, ...]) -> bool:
     return mode is not None and stat.S_ISDIR(mode)
 
 
-def _resolve(tree: LowerTree, names: Sequence[bytes]) -> tuple[bytes, ...] | None:
+def _resolve(tree: LowerTree, names: Sequence[bytes], steps: Steps) -> tuple[bytes, ...] | None:
     """Follow links within a tree; None if the path does not exist there."""
 
     def step(place: tuple[bytes, ...], name: bytes) -> tuple[bytes, ...] | Link | None:
         below = (*place, name)
+        steps.take(len(below))
         mode = tree.mode(below)
         if mode is None:
             return None
         return Link(tree.readlink(below)) if stat.S_ISLNK(mode) else below
 
     top: tuple[bytes, ...] = ()
-    way = follow(names, top, step)
+    way = follow(names, top, step, steps)
     return None if way is None else way[-1]

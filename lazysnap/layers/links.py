@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+from lazysnap.errors import NotLazy
+
 # As the kernel's own limit for links in one path.
 _MAX_LINKS = 40
 
@@ -27,8 +29,41 @@ class Link(NamedTuple):
     target: bytes
 
 
+class TooManySteps(NotLazy):
+    """A tree has been searched for so long that somebody must have made it for that."""
+
+    default_reason = "too-costly"
+
+
+class Steps:
+    """A budget for searches in trees that are not trusted.
+
+    A path has up to 2,048 names, a link as many, and a path leads through 40 links: whoever bounds the
+    number of paths has bounded nothing.
+
+    Args:
+        left: how many steps are allowed: names of paths, and looks into directories.
+    """
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, count: int = 1) -> None:
+        """Use up steps.
+
+        Raises:
+            TooManySteps: there are not so many left.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise TooManySteps("the trees of these layers have links that take too long to follow")
+
+
 def follow(
-    names: Sequence[bytes], top: Place, step: Callable[[Place, bytes], Place | Link | None]
+    names: Sequence[bytes],
+    top: Place,
+    step: Callable[[Place, bytes], Place | Link | None],
+    steps: Steps,
 ) -> list[Place] | None:
     """Walk along a path.
 
@@ -36,16 +71,38 @@ def follow(
         names: of the path, from `top`.
         top: the root of the tree, which `..` and absolute links do not leave.
         step: what has a name in a place: another place, or a link; None if there is nothing.
+        steps: of which each name takes one.
 
     Returns:
         The places on the way without links, from `top` on; None if the path leads nowhere, or through
         more than 40 links.
+
+    Raises:
+        TooManySteps: the budget is used up.
     """
-    way = [top]
+    return follow_on([top], names, step, steps)
+
+
+def follow_on(
+    way: Sequence[Place],
+    names: Sequence[bytes],
+    step: Callable[[Place, bytes], Place | Link | None],
+    steps: Steps,
+) -> list[Place] | None:
+    """As `follow`, from a place that is not the root.
+
+    Args:
+        way: the places on the way there, as `follow` returns them.
+        names: of the path, from there.
+        step: as above.
+        steps: as above.
+    """
+    way = list(way)
     left = list(reversed(names))
     links = 0
     while left:
         name = left.pop()
+        steps.take()
         if name in (b"", b"."):
             continue
         if name == b"..":

@@ -38,6 +38,10 @@ _PACKAGE = 12 << 20
 _NEAR_MOST = 1024
 _CHILDREN_MOST = 2048
 _BELOW_MOST = 8192
+# Packages that a package is in, one in the other.
+_PACKAGES_MOST = 64
+# A file of more chunks is not looked at: even of 96 MiB the usual ones have fewer than half of it.
+_CHUNKS_MOST = 4096
 _MISSES_IN_FILE = 2
 _MISSES_IN_DIRECTORY = 2
 # A gap in the blob that is smaller than this is fetched too: its bytes cost less than another request.
@@ -91,8 +95,9 @@ class Guesser:
         misses = self._files.get(node, 0) + 1
         self._files[node] = misses
         if misses == _MISSES_IN_FILE:
-            size = self._index.file(node).size
-            if size <= (_WHOLE_LIBRARY if is_library(self._index.name(node)) else _WHOLE_FILE):
+            file = self._index.file(node)
+            most = _WHOLE_LIBRARY if is_library(self._index.name(node)) else _WHOLE_FILE
+            if file.size <= most and file.chunk_count <= _CHUNKS_MOST:
                 self._plan(Guess.REST, [node])
         if misses == 1 and not self._stands_alone(node):
             directory = self._index.parent(node)
@@ -145,7 +150,9 @@ class Guesser:
         if directory and index.name(directory) == _COMPILED:
             directory = index.parent(directory)
         package = None
-        while directory and index.lookup(directory, _PACKAGE_MARK) >= 0:
+        for _ in range(_PACKAGES_MOST):
+            if not directory or index.lookup(directory, _PACKAGE_MARK) < 0:
+                break
             package = directory
             directory = index.parent(directory)
         return package
@@ -165,9 +172,13 @@ class Guesser:
 
     def _small(self, nodes: Iterable[int], left: int) -> Iterator[int]:
         """The first of some files that are not large, up to so many compressed bytes."""
+        chunks = _CHUNKS_MOST * 2
         for node in nodes:
             attributes = self._index.attributes(node)
             if stat.S_ISREG(attributes.mode) and 0 < attributes.size <= _SMALL_FILE:
+                chunks -= self._index.file(node).chunk_count
+                if chunks < 0:
+                    return
                 for member in map(self._index.member, of_file(self._index, node)):
                     left -= member.blob_end - member.blob_offset
                 if left < 0:

@@ -9,8 +9,11 @@ ld.so(8) would find it, but for its cache and its configuration. A wrong find co
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -23,19 +26,28 @@ from lazysnap.fetch.scheduler import Priority
 from lazysnap.formats import elf
 from lazysnap.formats.elf import Span
 from lazysnap.index.reader import LayerIndex
+from lazysnap.layers.links import Steps, TooManySteps
 from lazysnap.prefetch.guesser import Guess, wanted_at
-from lazysnap.prefetch.overlay_lookup import Found, find_file, names
+from lazysnap.prefetch.overlay_lookup import Found, OverlayTree
 from lazysnap.prefetch.queue import PrefetchQueue
 
 # Of a larger library only what is needed to load it is fetched.
 _WHOLE = 16 << 20
 _DIRECTORIES = (b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib")
 _PATH_MOST = 4096
-# A file, whoever made it, can have us search so much: directories of its own, and paths that are tried.
+# Directories of its own that a file can have us search.
 _OWN_MOST = 64
-_TRIED_MOST = 2048
+# Whoever made them, one file can have us search so much, and all files of an image. A usual program
+# takes some hundred steps.
+_STEPS_MOST = 10_000
+_IMAGE_STEPS_MOST = 300_000
+# After so many steps all other threads of the process get a chance.
+_REST_AFTER = 64
+_REST_SECONDS = 1e-4
 _LINKER_CACHE = b"/etc/ld.so.cache"
 _EXECUTABLE = 0o111
+# One search at a time, in a thread that nothing else needs.
+_SEARCHES = trio.CapacityLimiter(1)
 
 
 class Bytes(Protocol):
@@ -96,6 +108,27 @@ def may_link(index: LayerIndex, node: int) -> bool:
     return b".so" in index.name(node) or bool(index.attributes(node).mode & _EXECUTABLE)
 
 
+class _Search(Steps):
+    """The budget of one file, in a thread that takes no more of the interpreter than it must.
+
+    Args:
+        image: the budget of the image.
+    """
+
+    def __init__(self, image: Steps) -> None:
+        super().__init__(_STEPS_MOST)
+        self._image = image
+        self._rest_at = self.left - _REST_AFTER
+
+    def take(self, count: int = 1) -> None:
+        """Use up steps of the file, and of the image."""
+        super().take(count)
+        self._image.take(count)
+        if self.left <= self._rest_at:
+            self._rest_at = self.left - _REST_AFTER
+            time.sleep(_REST_SECONDS)
+
+
 class Libraries:
     """Follows files of one image.
 
@@ -107,6 +140,8 @@ class Libraries:
     def __init__(self, image: Image, want: Callable[[int, int], object]) -> None:
         self._image = image
         self._want = want
+        self._tree = OverlayTree(image.indexes)
+        self._steps = Steps(_IMAGE_STEPS_MOST)
         self._directories: list[bytes] | None = None
 
     async def follow(self, slot: int, node: int, source: Bytes) -> None:
@@ -128,8 +163,7 @@ class Libraries:
             return
         if head.interpreter is not None and head.interpreter.size <= _PATH_MOST:
             linker = await source.read(node, head.interpreter)
-            for path in (linker.rstrip(b"\0"), _LINKER_CACHE):
-                self._have(find_file(self._image.indexes, path))
+            await self._search(partial(self._find, [linker.rstrip(b"\0"), _LINKER_CACHE]))
         if head.dynamic is None:
             return
         try:
@@ -138,47 +172,60 @@ class Libraries:
             return
         if dynamic is not None:
             strings = await source.read(node, dynamic.strings)
-            # In a thread: what others want must not wait for a file that needs much.
-            needed = self._needed(index.path(node), dynamic, strings)
-            for found in await trio.to_thread.run_sync(list, needed):
-                self._have(found)
+            await self._search(partial(self._needed, index.path(node), dynamic, strings))
         for span in [Span(0, size)] if size <= _WHOLE else head.writable:
             await source.fetch(node, Span(span.offset, min(span.size, _WHOLE)))
 
-    def _needed(self, path: bytes, dynamic: elf.Dynamic, strings: bytes) -> Iterator[Found | None]:
+    async def _search(self, search: Callable[[Steps], Iterator[Found | None]]) -> None:
+        """Have what is found fetched. In a thread: nobody must wait for a file that needs much."""
+
+        def find() -> list[Found]:
+            found: list[Found] = []
+            # What was found within the budget counts.
+            with contextlib.suppress(TooManySteps):
+                found.extend(filter(None, search(_Search(self._steps))))
+            return found
+
+        for found in await trio.to_thread.run_sync(find, limiter=_SEARCHES):
+            self._want(self._image.slots[found.layer], found.node)
+
+    def _find(self, paths: Sequence[bytes], steps: Steps) -> Iterator[Found | None]:
+        for path in paths:
+            yield self._tree.find_file(path, steps)
+
+    def _needed(
+        self, path: bytes, dynamic: elf.Dynamic, strings: bytes, steps: Steps
+    ) -> Iterator[Found | None]:
         """Where the libraries are that a file needs."""
         own = b":".join(elf.string(strings, at) for at in dynamic.paths).split(b":", _OWN_MOST)
         expanded = [_expand(each, path.rpartition(b"/")[0]) for each in own[:_OWN_MOST]]
-        directories = [*filter(None, expanded), *self._usual_directories()]
-        left = _TRIED_MOST
-        for at in dynamic.needed:
+        directories = [*filter(None, expanded), *self._usual_directories(steps)]
+        for at in dict.fromkeys(dynamic.needed):
             name = elf.string(strings, at)
-            places = [name] if b"/" in name else [b"%s/%s" % (d, name) for d in directories]
-            found = (find_file(self._image.indexes, place) for place in places)
-            left -= len(places)
-            if left < 0 or len(name) > _PATH_MOST:
+            if len(name) > _PATH_MOST:
                 return
+            places = [name] if b"/" in name else [b"%s/%s" % (d, name) for d in directories]
+            steps.take(len(places))
+            found = (self._tree.find_file(place, steps) for place in places)
             yield next(filter(None, found), None)
 
-    def _usual_directories(self) -> list[bytes]:
+    def _usual_directories(self, steps: Steps) -> list[bytes]:
         """Where libraries are looked for; directories of one architecture first."""
         if self._directories is None:
             several = [
                 b"%s/%s" % (path, name)
                 for path in _DIRECTORIES
-                for name in sorted(names(self._image.indexes, path))
+                for name in sorted(self._tree.names(path, steps))
                 if b"-linux-" in name
             ]
             self._directories = [*several, *_DIRECTORIES]
         return self._directories
 
-    def _have(self, found: Found | None) -> None:
-        if found is not None:
-            self._want(self._image.slots[found.layer], found.node)
-
 
 def _expand(directory: bytes, origin: bytes) -> bytes:
     """A directory that a file names, with the place of the file; empty if that makes it too long."""
+    if len(directory) > _PATH_MOST:
+        return b""
     for word in (b"$ORIGIN", b"${ORIGIN}"):
         directory = directory.replace(word, origin)
     return directory if len(directory) <= _PATH_MOST else b""

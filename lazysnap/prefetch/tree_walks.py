@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from lazysnap.fetch.fetcher import Plan
 from lazysnap.index.reader import LayerIndex
@@ -26,6 +27,8 @@ _NEAR_SECONDS = 0.05
 _LEAST = 1 << 20
 _STRIDE_MOST = 4 << 20
 _AHEAD_MOST = 64 << 20
+# Chunks of zeros at either end of a file that are passed over.
+_ZEROS_MOST = 256
 # As urgent as what profiles do not name can be, see `Plan.wanted_at`.
 _AFTER_PROFILES = 1e12
 
@@ -104,7 +107,7 @@ class TreeWalks:
         content = self._index.file(node)
         numbers = range(content.first_chunk, content.first_chunk + content.chunk_count)
         members = [
-            next((m for m in map(self._member, some) if m >= 0), -1)
+            next((m for m in map(self._member, islice(some, _ZEROS_MOST)) if m >= 0), -1)
             for some in (numbers, reversed(numbers))
         ]
         if -1 in members:

@@ -95,9 +95,10 @@ class Layer:
         nursery: trio.Nursery,
         *,
         chunk_size: int = 64 << 10,
+        min_chunk_size: int = 0,
         limits: Limits | None = None,
     ) -> None:
-        made = estargz(entries, chunk_size=chunk_size)
+        made = estargz(entries, chunk_size=chunk_size, min_chunk_size=min_chunk_size)
         self.index: LayerIndex = index_of(made)
         self.source = SlowSource(made.blob)
         self.scheduler = Scheduler(limits)
@@ -332,6 +333,20 @@ async def test_looking_at_what_is_there_creates_nothing_and_is_bounded(
     assert 0 < again.position <= 512 < layer.index.member_count
     await layer.all_ahead(again)
     assert len(layer.source.requests) == requests
+
+
+async def test_members_of_many_chunks_are_looked_at_one_by_one(
+    tmp_path: Path, nursery: trio.Nursery, clock: trio.testing.MockClock
+) -> None:
+    entries = [file(f"f{n:04}", b"%d" % n) for n in range(6000)]
+    layer = Layer(entries, tmp_path, nursery, min_chunk_size=800_000)
+    index = layer.index
+    assert 700 < index.member(1).chunk_count < 1200
+    await layer.all_ahead(Plan(range(index.member_count)))
+    again = Plan(range(index.member_count))
+    await layer.ahead(again)
+    assert 1 <= again.position <= 3
+    await layer.all_ahead(again)
 
 
 async def test_a_request_for_many_small_files_looks_at_a_bounded_number(

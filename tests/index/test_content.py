@@ -116,6 +116,31 @@ def test_chunks_too_large_to_decode(entry: dict[str, Any]) -> None:
     assert caught.value.reason == "chunk-too-large"
 
 
+@pytest.mark.parametrize(("count", "size"), [(4096, 1), (4097, 511), (6000, 512)])
+@pytest.mark.parametrize("zeros", ["", "zeros"])
+def test_chunks_too_small_to_look_at_each(count: int, size: int, zeros: str) -> None:
+    first = reg("f", count * size, chunkSize=size, chunkType=zeros)
+    more = (chunk("f", n * size, chunkSize=size, offset=20 + n) for n in range(1, count))
+    layer = table(first, *more, data=20_000)
+    if (count, size) == (4097, 511):
+        with pytest.raises(NotLazy) as caught:
+            index_of(layer)
+        assert caught.value.reason == "too-costly"
+    else:
+        assert index_of(layer).file(1).chunk_count == count
+
+
+@pytest.mark.parametrize("count", [16_384, 16_385])
+def test_too_many_chunks_in_a_member(count: int) -> None:
+    layer = table(*(reg(f"{n}", 5, innerOffset=1024 * n) for n in range(count)))
+    if count > 16_384:
+        with pytest.raises(NotLazy) as caught:
+            index_of(layer)
+        assert caught.value.reason == "too-costly"
+    else:
+        assert index_of(layer).member(0).chunk_count == count
+
+
 def test_the_digest_of_a_file_serves_its_only_chunk() -> None:
     index = index_of(table(reg("f", 5, digest=D3, chunkDigest="")))
     content = index.file(resolve(index, "f"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lazysnap.errors import NotLazy
+from lazysnap.layers import inherited
 from lazysnap.layers.inherited import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
 from lazysnap.layers.slots import Inherited, SlotRecord
 from lazysnap.layers.view import LayerView
@@ -138,3 +140,22 @@ def test_a_mark_of_a_directory_that_is_new_hides_nothing(make: Make) -> None:
     assert not hides_something(upper, [make([layers.directory("old"), layers.file("old/sub")])])
     assert not hides_something(upper, [make([layers.directory("new")]), make([])])
     assert hides_something(upper, [make([]), make([layers.directory("old/sub")])])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_layer_cannot_have_us_search_without_end(
+    make: Make, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """By few links that are long, or by many directories."""
+    if links:
+        chain = [layers.symlink(f"L{n}", "d/../" * 700 + f"L{n + 1}") for n in range(30)]
+        lower = make([layers.directory("d"), *chain, layers.directory("L30")])
+        path = "L0/f"
+        monkeypatch.setattr(inherited, "_STEPS_MOST", 50_000)
+    else:
+        lower = make([layers.directory("d")])
+        path = "/".join(["d"] * 300)
+        monkeypatch.setattr(inherited, "_STEPS_MOST", 500)
+    with pytest.raises(NotLazy) as caught:
+        _inherit(path, lower)
+    assert caught.value.reason == "too-costly"

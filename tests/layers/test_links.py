@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lazysnap.layers.links import Link, follow
+from lazysnap.layers.links import Link, Steps, TooManySteps, follow, follow_on
 
 
 def _step(place: Path, name: bytes) -> Path | Link | None:
@@ -19,7 +19,7 @@ def _step(place: Path, name: bytes) -> Path | Link | None:
 
 
 def _follow(top: Path, path: bytes) -> Path | None:
-    way = follow(path.split(b"/"), top, _step)
+    way = follow(path.split(b"/"), top, _step, Steps(1000))
     return None if way is None else way[-1]
 
 
@@ -70,4 +70,24 @@ def test_forty_links_are_followed_and_no_more(tmp_path: Path) -> None:
 
 
 def test_all_places_on_the_way_are_told(top: Path) -> None:
-    assert follow([b"a", b"up"], top, _step) == [top, top / "a", top / "a/b"]
+    assert follow([b"a", b"up"], top, _step, Steps(9)) == [top, top / "a", top / "a/b"]
+
+
+def test_a_walk_goes_on_from_where_another_ended(top: Path) -> None:
+    way = follow([b"a", b"b"], top, _step, Steps(9))
+    assert way is not None
+    assert follow_on(way, [b"absolute"], _step, Steps(9)) == [top, top / "a", top / "a/file"]
+    assert follow_on(way, [b"..", b"up"], _step, Steps(9)) == [top, top / "a", top / "a/b"]
+
+
+def test_a_search_ends_with_its_budget(tmp_path: Path) -> None:
+    """Links are few, but each leads there and back again."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "L0").mkdir()
+    for number in range(1, 31):
+        (tmp_path / f"L{number}").symlink_to("d/../" * 700 + f"L{number - 1}")
+    steps = Steps(60_000)
+    assert follow([b"L30"], tmp_path, _step, steps) == [tmp_path, tmp_path / "L0"]
+    assert steps.left < 20_000
+    with pytest.raises(TooManySteps):
+        follow([b"L30"], tmp_path, _step, steps)

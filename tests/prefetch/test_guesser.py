@@ -186,6 +186,27 @@ def test_the_rest_of_a_program_is_guessed_from_its_second_part_on() -> None:
     assert guesses.take() == []
 
 
+def test_not_all_of_a_file_of_many_chunks_is_looked_at() -> None:
+    data = _data(5 << 20)
+    files = [file("data", data), file("d/a.h", data[: 4 << 20]), file("d/b.h", data[: 4 << 20])]
+    index = counting(estargz(files, chunk_size=1024))
+    plans: list[Plan] = []
+    guesser = Guesser(index, plans.append)
+    for path in ("data", "data", "d/a.h"):
+        guesser.missed(resolve(index, path))
+    assert index.looks < 5000
+    assert sum(len(plan.members) for plan in plans) <= 4096
+
+
+def test_packages_within_packages_are_followed_only_so_far() -> None:
+    parts = ["p"] * 300
+    names = ["/".join(parts[:n]) + "/__init__.py" for n in range(1, 300)]
+    index = counting(estargz([file(name, b"x") for name in names]))
+    guesser = Guesser(index, [].append)
+    found = guesser._package(index.parent(resolve(index, names[-1])))
+    assert found == resolve(index, "/".join(parts[: 299 - 63]))
+
+
 def test_likelier_guesses_come_first_and_after_those_of_profiles() -> None:
     package = _package("pack", "core", "io")
     guesses = Guesses([*_files(*package), file("program", _data(2 << 20), mode=0o755)])

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from lazysnap.formats.elf import Span
+from lazysnap.layers import links
+from lazysnap.prefetch import libraries
 from lazysnap.prefetch.libraries import Image, Libraries, may_link
 from tests.support.elf import make_elf
 from tests.support.indexes import index_of, resolve
@@ -118,6 +122,56 @@ async def test_a_file_cannot_have_us_search_without_end() -> None:
         tree = Tree([file(f"{deep}/program", program), file("own/lib0.so", b"own")])
         await tree.follow(f"{deep}/program")
         assert tree.wanted == ["10:own/lib0.so"] * runpath.endswith("/own")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of all searches, but for those of whole images."""
+    taken: list[int] = []
+    take = links.Steps.take
+
+    def counting(self: links.Steps, count: int = 1) -> None:
+        if type(self) is not links.Steps:
+            taken.append(count)
+        take(self, count)
+
+    monkeypatch.setattr(links.Steps, "take", counting)
+    return taken
+
+
+async def test_links_cannot_have_us_search_without_end(steps: list[int]) -> None:
+    """Files of 24 KB, which took a minute of a CPU: forty links, and each leads there and back again."""
+    chain = [symlink(f"L{n}", "d/../" * 700 + f"L{n + 1}") for n in range(40)]
+    hostile = make_elf(["libfound.so", *["/L0"] * 999])
+    names = [f"lib{n}.so" for n in range(4)]
+    found = file("lib/libfound.so", b"found")
+    tree = Tree([*[file(name, hostile) for name in names], directory("d"), *chain, found])
+    for name in names:
+        await tree.follow(name)
+    assert tree.wanted == ["10:lib/libfound.so"] * 4
+    assert len(steps) <= 4 * 10_001
+
+
+async def test_all_files_of_an_image_have_a_budget_together(
+    steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "_IMAGE_STEPS_MOST", 15_000)
+    programs = [file(f"p{n}", make_elf([f"{n}/{m}.so" for m in range(1000)])) for n in range(20)]
+    tree = Tree(programs)
+    for program in programs:
+        await tree.follow(program.path)
+    assert len(steps) < 16_000
+
+
+async def test_a_program_of_many_libraries_takes_a_part_of_its_budget(steps: list[int]) -> None:
+    """Of an image of many layers, most of which have libraries."""
+    needed = [f"lib{n}.so" for n in range(100)]
+    others = [[file(f"{_MULTIARCH}/of{n}.so", b"x")] for n in range(15)]
+    found = [file(f"{_MULTIARCH}/{name}", b"x") for name in needed]
+    tree = Tree([file("program", make_elf(needed))], *others, [symlink("lib", "usr/lib"), *found])
+    await tree.follow("program")
+    assert len(tree.wanted) == 100
+    assert sum(steps) < 5_000
 
 
 async def test_of_a_large_library_only_what_loading_changes_is_fetched() -> None:

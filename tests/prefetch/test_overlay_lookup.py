@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from lazysnap.prefetch.overlay_lookup import find_file, names
+import pytest
+
+from lazysnap.layers.links import Steps, TooManySteps
+from lazysnap.prefetch.overlay_lookup import OverlayTree
 from tests.support.indexes import index_of
 from tests.support.layers import directory, estargz, file, opaque, symlink, whiteout
 
@@ -35,10 +38,12 @@ _HIGH = index_of(
     )
 )
 _LAYERS = [_HIGH, _LOW]
+_TREE = OverlayTree(_LAYERS)
 
 
 def _find(path: str) -> tuple[int, str] | None:
-    found = find_file(_LAYERS, path.encode())
+    found = _TREE.find_file(path.encode(), Steps(1000))
+    assert _TREE.find_file(path.encode(), Steps(0)) == found  # it is remembered
     if found is None:
         return None
     assert _LAYERS[found.layer].path(found.node) == found.path
@@ -69,6 +74,27 @@ def test_what_is_no_file_is_not_found() -> None:
 
 
 def test_names_of_a_directory_are_those_of_all_its_layers() -> None:
-    assert names(_LAYERS, b"/lib") == {b"a", b"b", b"x"}
-    assert names(_LAYERS, b"/hidden") == set()
-    assert names(_LAYERS, b"/nothing") == set()
+    assert _TREE.names(b"/lib", Steps(1000)) == {b"a", b"b", b"x"}
+    assert _TREE.names(b"/hidden", Steps(1000)) == set()
+    assert _TREE.names(b"/nothing", Steps(1000)) == set()
+
+
+def test_a_look_into_each_layer_is_a_step() -> None:
+    """Of an image of many layers each name of a path can take as many looks."""
+    layers = [index_of(estargz([directory("a"), directory("b")]))] * 100
+    tree = OverlayTree([*layers, index_of(estargz([file("a/f", b"x")]))])
+    steps = Steps(1000)
+    assert tree.find_file(b"/a/f", steps) is not None
+    assert 202 <= 1000 - steps.left <= 210
+    steps = Steps(300)
+    with pytest.raises(TooManySteps):
+        tree.find_file(b"/b/../b/../b/f", steps)
+
+
+def test_a_directory_is_searched_for_once() -> None:
+    tree = OverlayTree(_LAYERS)
+    tree.find_file(b"/usr/lib/x/one", Steps(1000))
+    steps = Steps(10)
+    for number in range(3):
+        assert tree.find_file(b"/usr/lib/x/%d" % number, steps) is None
+    assert steps.left == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -130,6 +131,23 @@ def test_walks_at_once_are_told_apart(index: LayerIndex) -> None:
         followed.wait_for([number, 200 + number])
     assert {20, 220} <= set(followed.fetched)
     assert not {100, 300} & set(followed.fetched)
+
+
+def test_not_all_of_a_file_of_many_holes_is_looked_at() -> None:
+    size, count = 512, 20_000
+
+    def edit(toc: dict[str, Any]) -> None:
+        (entry,) = toc["entries"]
+        more = {"name": "f", "type": "chunk", "offset": entry["offset"]}
+        last = more | {"chunkOffset": count * size, "chunkDigest": entry.pop("chunkDigest")}
+        entry |= {"size": count * size + 5, "chunkSize": size, "chunkType": "zeros"}
+        zeros = more | {"chunkSize": size, "chunkType": "zeros"}
+        toc["entries"] += [zeros | {"chunkOffset": n * size} for n in range(1, count)]
+        toc["entries"].append(last)
+
+    index = counting(estargz([file("f", b"bytes")], edit=edit))
+    TreeWalks(index, [].append, lambda: 0.0).missed(resolve(index, "f"))
+    assert index.looks < 1000
 
 
 def test_a_fast_network_brings_more_at_once(index: LayerIndex) -> None:
