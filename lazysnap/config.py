@@ -189,7 +189,7 @@ class CacheSection(_Section, frozen=True):
             ge=0,
             le=_MOST_BYTES,
             extra=_RELOAD,
-            description="most disk space for contents of files; 0: no limit but the reserve",
+            description="most disk space for contents, indexes and trees; 0: no limit but the reserve",
         ),
     ] = 0
     reserve_bytes: Annotated[

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the cache within its limits: removes what was not used for the longest time.
 
+Contents of files go, and layer files (see `inventory`) that no slot needs. What slots need stays, and
+counts for half of the limit at most: otherwise layers that are nearly all tree would evict all contents.
+
 There are two limits: what the cache may take, and what must stay free on its file system (bytes, and
 inodes). Looking whether one is reached costs a statvfs and, with a size limit, a few bytes of the file
 `usage`, in which all processes add up what they stored; the directories are read only when something
@@ -24,12 +27,13 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from lazysnap import log
 from lazysnap.cache import Cache
-from lazysnap.cache.inventory import Entry, Kind, entries, remove
+from lazysnap.cache.inventory import Entry, Kind, entries, layer_files, remove
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 
@@ -49,8 +53,16 @@ _COUNT_AGAIN_SECONDS = 6 * 3600
 _ROOM_BYTES = 64 << 20
 _ROOM_INODES = 256
 _LOCK_SECONDS = 2.0
+# Nobody waits longer between the opening of an index, which is noted to the hour, and the record of the
+# slot that needs it.
+_IN_THE_MAKING_NANOSECONDS = 2 * 3600 * 10**9
+_LAYERS_SHARE = 2
 # After an eviction that found nothing, stores that fail do not make us look again for so long.
 _HOPELESS_SECONDS = 5.0
+
+
+InUse = Callable[[], Container[str] | None]
+"""Tells the names of the layer files that slots need; None if that is not known."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +148,13 @@ class Evictor:
     Args:
         cache: what to look after.
         limits: what to keep to.
+        in_use: the layer files that stay; by default all.
     """
 
-    def __init__(self, cache: Cache, limits: CacheLimits) -> None:
+    def __init__(self, cache: Cache, limits: CacheLimits, in_use: InUse = lambda: None) -> None:
         self.cache = cache
+        self._in_use = in_use
+        self._layers: tuple[tuple[int, int], int] = (0, 0), 0
         self.apply(limits)
         self._usage = cache.paths.usage
         self._last = cache.paths.evicted
@@ -237,16 +252,35 @@ class Evictor:
         """How much must go now; with the lock held.
 
         Args:
-            total: what the contents take, if they have just been counted.
+            total: what the contents take, without layer files, if they have just been counted.
         """
         reserve = self._reserve_shortage()
         limit = self.limits.size_limit_bytes
         if not limit:
             return reserve
-        if total is None:
-            total = self._add_up()
+        total = self._with_layers(self._add_up() if total is None else total)
         over = total - (limit - limit // _SLACK) if total > limit else 0
         return Shortage(max(reserve.disk_bytes, over), reserve.inodes)
+
+    def _with_layers(self, contents: int) -> int:
+        """The bytes that the limit is for, given what the contents take."""
+        limit = self.limits.size_limit_bytes
+        changed = os.stat(self.cache.index).st_mtime_ns, os.stat(self.cache.trees).st_mtime_ns
+        if self._layers[0] != changed:
+            self._layers = changed, sum(entry.disk_bytes for entry in layer_files(self.cache.paths))
+        layers = self._layers[1]
+        if contents + layers <= limit:
+            return contents + layers
+        idle = sum(entry.disk_bytes for entry in self._idle_layers())
+        return contents + idle + min(layers - idle, limit // _LAYERS_SHARE)
+
+    def _idle_layers(self) -> list[Entry]:
+        """The layer files that no slot needs, nor one that is being made."""
+        latest = time.time_ns() - _IN_THE_MAKING_NANOSECONDS
+        old = [entry for entry in layer_files(self.cache.paths) if entry.used_ns < latest]
+        # Looked up afterwards: what comes into use meanwhile has just been opened.
+        used = self._in_use() if old else None
+        return [] if used is None else [entry for entry in old if entry.name not in used]
 
     def _add_up(self) -> int:
         """The bytes that the contents take, from the file that all processes add to."""
@@ -294,11 +328,12 @@ class Evictor:
             total, oldest = self._oldest(shortage.doubled())
             # The sum may have been wrong, and others have stored meanwhile.
             exact = shortage_of(total)
-            removed, number = self._remove(oldest, exact)
-            evicted += removed
-            count += number
+            removed = self._remove(oldest, exact)
+            evicted += sum(entry.disk_bytes for entry in removed)
+            count += len(removed)
             if self.limits.size_limit_bytes:
-                self._write_usage(total - removed, time.time())
+                gone = sum(entry.disk_bytes for entry in removed if _is_content(entry))
+                self._write_usage(total - gone, time.time())
             if exact.disk_bytes <= shortage.disk_bytes and exact.inodes <= shortage.inodes:
                 break
             shortage = exact
@@ -311,15 +346,15 @@ class Evictor:
         return evicted
 
     def _oldest(self, shortage: Shortage) -> tuple[int, list[Entry]]:
-        """The bytes that all contents take, and the oldest contents that are enough, oldest first."""
+        """The bytes that all contents take, and the oldest entries that are enough, oldest first."""
         # A heap of the oldest so far with the newest of them on top: memory is needed for what goes,
         # not for what stays.
         heap: list[tuple[int, int, Entry]] = []
         total = disk_bytes = inodes = 0
-        for number, entry in enumerate(entries(self.cache)):
+        for number, entry in enumerate(chain(entries(self.cache), self._idle_layers())):
             if not entry.disk_bytes and not shortage.inodes:
                 continue
-            total += entry.disk_bytes
+            total += entry.disk_bytes if _is_content(entry) else 0
             heapq.heappush(heap, (-entry.used_ns, number, entry))
             disk_bytes += entry.disk_bytes
             inodes += entry.inodes
@@ -332,8 +367,10 @@ class Evictor:
                 inodes -= top.inodes
         return total, sorted((entry for *_, entry in heap), key=lambda entry: entry.used_ns)
 
-    def _remove(self, oldest: list[Entry], shortage: Shortage) -> tuple[int, int]:
-        disk_bytes = inodes = count = 0
+    def _remove(self, oldest: list[Entry], shortage: Shortage) -> list[Entry]:
+        """Remove what is short, and put what would go next on probation; what was removed."""
+        disk_bytes = inodes = 0
+        removed: list[Entry] = []
         for entry in oldest:
             if shortage.met_by(disk_bytes, inodes):
                 if entry.kind is Kind.OBJECT:
@@ -342,5 +379,9 @@ class Evictor:
             remove(self.cache, entry)
             disk_bytes += entry.disk_bytes
             inodes += entry.inodes
-            count += 1
-        return disk_bytes, count
+            removed.append(entry)
+        return removed
+
+
+def _is_content(entry: Entry) -> bool:
+    return entry.kind in (Kind.OBJECT, Kind.PARTIAL)

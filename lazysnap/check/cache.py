@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from lazysnap.cache import Cache
+from lazysnap.cache.inventory import layer_files
 from lazysnap.check.finding import Context, Finding, Fix, Probe, failure, warning
 
 _SAMPLE = 64
@@ -43,6 +44,15 @@ def size(context: Context) -> Iterator[Finding]:
             "nothing removes the excess; perhaps no shard runs",
             f"run `lazysnap cache prune --to-size {limit}`",
         )
+    if os.path.isdir(cache.indexes) and os.path.isdir(cache.trees):
+        layers = sum(entry.disk_bytes for entry in layer_files(cache))
+        if layers > limit // 2:
+            yield warning(
+                f"indexes and trees of layers take {layers // _MEGABYTE} MB, the limit of the cache is"
+                f" {limit // _MEGABYTE} MB",
+                "little is left for contents, or more is used than the limit says",
+                "raise cache.size_limit_bytes, or remove images that nobody needs",
+            )
 
 
 def sample(context: Context) -> Iterator[Finding]:

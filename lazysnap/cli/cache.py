@@ -22,16 +22,16 @@ import click
 from lazysnap import config_file, log
 from lazysnap.cache import Cache
 from lazysnap.cache.eviction import CacheLimits, exclusive
-from lazysnap.cache.inventory import Entry, Kind, entries, remove
+from lazysnap.cache.inventory import Entry, Kind, entries, layer_files, remove
 from lazysnap.cache.pruning import choose, leftovers, remove_leftover
 from lazysnap.cache.verification import Verification, verify
 from lazysnap.cache_settings import cache_limits
 from lazysnap.cli import units
 from lazysnap.cli.groups import Group
 from lazysnap.cli.options import CONFIG_HELP, ROOT_HELP, config_option, root_option
-from lazysnap.errors import ConfigError, LazysnapError, Unavailable
-from lazysnap.layers.slots import list_slots, read_slot
-from lazysnap.paths import INDEX_TAIL, Root
+from lazysnap.errors import ConfigError, Unavailable
+from lazysnap.layers.in_use import names_in_use
+from lazysnap.paths import Root
 from lazysnap.quantities import bytes_text
 
 _EXIT_REPAIRED = 1
@@ -113,14 +113,16 @@ def ls(ctx: click.Context, as_json: bool) -> None:
     with _opened(ctx) as (cache, limits, _):
         found = sorted(entries(cache), key=lambda entry: entry.disk_bytes, reverse=True)
         status = os.statvfs(cache.root)
-        index_files = {entry.name: entry.stat().st_size for entry in os.scandir(cache.index)}
-        index_count = sum(not name.endswith(INDEX_TAIL) for name in index_files)
+        layers = layer_files(cache.paths)
+        contents = sum(entry.disk_bytes for entry in found)
         document: dict[str, Any] = {
             "path": cache.root,
-            "diskBytes": sum(entry.disk_bytes for entry in found),
+            "diskBytes": contents,
+            "allDiskBytes": contents + sum(entry.disk_bytes for entry in layers),
             "objects": _summary([e for e in found if e.kind is Kind.OBJECT]),
             "partials": _summary([e for e in found if e.kind is Kind.PARTIAL]),
-            "indexes": {"count": index_count, "bytes": sum(index_files.values())},
+            "indexes": _summary([e for e in layers if e.kind is Kind.INDEX]),
+            "trees": _summary([e for e in layers if e.kind is Kind.TREE]),
             "lastUsed": _ages(found),
             "biggest": [_described(entry) for entry in found[:_BIGGEST]],
             "sizeLimitBytes": limits.size_limit_bytes,
@@ -163,15 +165,14 @@ def _described(entry: Entry) -> dict[str, Any]:
 
 
 def _ls_text(document: dict[str, Any]) -> str:
-    lines = [f"{document['path']}: {bytes_text(document['diskBytes'])} on disk"]
-    for name in ("objects", "partials"):
+    lines = [f"{document['path']}: {bytes_text(document['allDiskBytes'])} on disk"]
+    for name in ("objects", "partials", "indexes", "trees"):
         part = document[name]
         lines.append(
             f"  {name:9} {part['count']:8}  {bytes_text(part['diskBytes']):>10} of"
             f" {bytes_text(part['bytes'])}"
         )
-    part = document["indexes"]
-    lines += [f"  indexes   {part['count']:8}  {bytes_text(part['bytes']):>10}", "last used within"]
+    lines.append("last used within")
     lines += [
         f"  {row['within']:9} {row['count']:8}  {bytes_text(row['diskBytes']):>10}"
         for row in document["lastUsed"]
@@ -319,11 +320,8 @@ def prune(
 
 def _used_indexes(cache: Cache, root: str) -> set[str]:
     """Indexes of the layers that are mounted; all if a slot cannot be read, as it may need any."""
-    used = set()
-    for slot in list_slots(root):
-        try:
-            used.add(read_slot(root, slot).index)
-        except LazysnapError as error:
-            click.echo(f"no index is removed: {error}", err=True)
-            return set(os.listdir(cache.index))
+    used = names_in_use(root)
+    if used is None:
+        click.echo("no index is removed: a slot cannot be read", err=True)
+        return set(os.listdir(cache.index))
     return used

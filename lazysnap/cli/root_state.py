@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from lazysnap.cache import Cache
-from lazysnap.cache.inventory import entries
+from lazysnap.cache.inventory import entries, layer_files
 from lazysnap.check.finding import Context
 from lazysnap.check.state import running_daemon
 from lazysnap.cli.images import Image, Layer, images
@@ -201,7 +201,7 @@ def _open_cache(root: str) -> Cache | None:
 
 
 def _cache(root: str, problems: list[str]) -> dict[str, Any]:
-    numbers = {"contents": 0, "bytes": 0, "fileSystemFreeBytes": None}
+    numbers = {"contents": 0, "bytes": 0, "layerFileBytes": 0, "fileSystemFreeBytes": None}
     cache = _open_cache(root)
     if cache is None:
         return numbers
@@ -209,6 +209,7 @@ def _cache(root: str, problems: list[str]) -> dict[str, Any]:
         for entry in entries(cache):
             numbers["contents"] += 1  # type: ignore[operator]
             numbers["bytes"] += entry.disk_bytes  # type: ignore[operator]
+        numbers["layerFileBytes"] = sum(entry.disk_bytes for entry in layer_files(cache.paths))
         status = os.statvfs(cache.root)
         numbers["fileSystemFreeBytes"] = status.f_bavail * status.f_frsize
     except OSError as error:

@@ -127,7 +127,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         yield f"{document['otherSnapshots']} other committed snapshots: no lazy mount was asked for"
     free = cache["fileSystemFreeBytes"]
     yield (
-        f"cache: {bytes_text(cache['bytes'])} in {cache['contents']} contents"
+        f"cache: {bytes_text(cache['bytes'])} in {cache['contents']} contents,"
+        f" {bytes_text(cache['layerFileBytes'])} in indexes and trees"
         + ("" if free is None else f", {bytes_text(free)} free")
     )
     yield (

@@ -12,5 +12,6 @@ Knows nothing of mounts, of shards or of reading files. In the order in which to
 - `view`: a layer's tree as a slot shows it.
 - `inherited`: what directories that the layer leaves out take over from the layers below.
 - `links`: follows symbolic links in any tree.
+- `in_use`: which indexes and images of trees the slots need.
 - `tree_images`, `tree_image_file`: the tree as an EROFS image in `cache/trees`, and how that is stored.
 """

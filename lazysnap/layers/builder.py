@@ -24,7 +24,7 @@ import msgspec
 
 from lazysnap.digest import Digest
 from lazysnap.erofs.image import build as build_image
-from lazysnap.errors import FormatError, Internal, LazysnapError
+from lazysnap.errors import FormatError, Internal, LazysnapError, NotLazy
 from lazysnap.formats.identify import identify
 from lazysnap.formats.location import TocLocation
 from lazysnap.formats.verify import VerifiedToc, trust_unverified_toc, verify_toc
@@ -37,6 +37,11 @@ from lazysnap.layers.tree_image_file import write_tree
 LENGTH = struct.Struct(">I")
 # Enough for the largest table of contents that is accepted, with its tree.
 MEMORY_LIMIT = 6 << 30
+# An index takes some 80 bytes for a file, and so does the image of the tree. What a table of contents
+# says of files compresses to next to nothing if it is made for that, so a layer has to be of a fair size:
+# 700,000 empty files are allowed in any, and of files with contents more than any layer has.
+_INDEX_LEAST = 64 << 20
+_INDEX_SHARE = 8
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -90,6 +95,11 @@ def _build(job: Job, tail: bytes) -> LayerIndex:
     table = _check(job, location, memoryview(tail)[start:])
     layer = build(table)
     data = encode(layer)
+    if len(data) > _INDEX_LEAST + _INDEX_SHARE * job.blob_size:
+        raise NotLazy(
+            f"the layer's index takes {len(data)} bytes, and the layer {job.blob_size}",
+            reason="too-costly",
+        )
     aside = f"{job.path}.new-{os.getpid()}"
     # Before the index: whoever finds an index does not build it again, and would never have a tail.
     if job.tail_path:

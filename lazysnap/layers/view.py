@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import stat
 
+from lazysnap.cache.stamps import touch
 from lazysnap.errors import FormatError, Internal
 from lazysnap.index.model import OPAQUE, Attributes
 from lazysnap.index.reader import LayerIndex
@@ -20,6 +22,7 @@ def open_index(path: str) -> LayerIndex:
     """
     try:
         with open(path, "rb") as file:
+            touch(file.fileno(), os.fstat(file.fileno()))  # so that it is not evicted
             index = LayerIndex(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     except (OSError, ValueError, FormatError) as error:
         raise Internal(f"index {path} cannot be used: {error}", reason="index-damaged") from error

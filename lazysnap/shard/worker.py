@@ -12,6 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import pyfuse3
 import trio
@@ -26,6 +27,7 @@ from lazysnap.fetch.fetcher import Plan
 from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.scheduler import Priority, Scheduler
 from lazysnap.fetch.trace import Told
+from lazysnap.layers.in_use import names_in_use
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.paths import Root
 from lazysnap.prefetch.profile import Read
@@ -91,7 +93,7 @@ class Worker(WorkerCalls):
         self.number = number
         self.settings = settings
         self.cache = Cache(Root(root).cache.path)
-        self.evictor = Evictor(self.cache, settings.cache)
+        self.evictor = Evictor(self.cache, settings.cache, partial(names_in_use, root))
         self.contents = OpenFiles(self.cache, evictor=self.evictor)
         self.scheduler = Scheduler(settings.limits)
         self.ahead = PrefetchQueue(self.scheduler, nursery, IdleTime(self.evictor).wait)

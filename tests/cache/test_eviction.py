@@ -254,3 +254,73 @@ def test_what_would_go_next_is_on_probation_until_it_is_used(cache: Cache) -> No
     Evictor(cache, _limit((len(left) - 1) * MIB)).look()
     assert cache.objects.exists(left[0], MIB)
     assert not cache.objects.exists(left[1], MIB)
+
+
+def _layer(cache: Cache, name: str, age: float, size: int = MIB) -> None:
+    """An index with its tail, and the image of a tree, last used `age` seconds ago."""
+    used = time.time_ns() - int(age * 1e9)
+    for path in (f"{cache.index}/{name}", f"{cache.index}/{name}.tail", f"{cache.trees}/{name}.1"):
+        Path(path).write_bytes(os.urandom(size))
+        os.utime(path, ns=(used, used))
+
+
+def _layers(cache: Cache) -> list[str]:
+    return sorted(os.listdir(cache.index) + os.listdir(cache.trees))
+
+
+def test_layer_files_count_and_go_as_contents_do(cache: Cache) -> None:
+    keys = [_put(cache, n, MIB, age=86400 * day) for n, day in enumerate((1, 3, 5, 7))]
+    _layer(cache, "used", age=86400 * 9)
+    _layer(cache, "old", age=86400 * 6)
+    _layer(cache, "new", age=86400 * 2)
+    _layer(cache, "young", age=7000)
+    total = (4 + 4 * 3) * MIB
+
+    def in_use() -> set[str]:
+        return {"used", "used.1"}
+
+    assert Evictor(cache, _limit(total), in_use).look() == 0
+    # One content, and of the old layer one of the two entries; a tenth more than is too much.
+    evicted = Evictor(cache, _limit(total - 1), in_use).look()
+    assert evicted == 3 * MIB
+    assert [cache.objects.open(key, MIB) is not None for key in keys] == [True, True, True, False]
+    kept = ["new", "new.1", "new.tail", "used", "used.1", "used.tail", "young", "young.1"]
+    assert set(kept) <= set(_layers(cache))
+    assert "old" not in _layers(cache) or "old.1" not in _layers(cache)
+    assert ("old" in _layers(cache)) == ("old.tail" in _layers(cache))
+
+
+def test_layer_files_that_are_needed_leave_half_of_the_limit_to_contents(cache: Cache) -> None:
+    keys = [_put(cache, n, MIB, age=3600 * (20 - n)) for n in range(10)]
+    for number in range(10):
+        _layer(cache, f"{number}", age=86400)
+
+    def in_use() -> set[str]:
+        return {*map(str, range(10)), *(f"{n}.1" for n in range(10))}
+
+    before = _layers(cache)
+    for _ in range(2):
+        Evictor(cache, _limit(12 * MIB), in_use).look()
+        assert _layers(cache) == before
+        left = [cache.objects.open(key, MIB) is not None for key in keys]
+        assert left == sorted(left)
+        assert 4 <= left.count(True) <= 6
+
+
+def test_layer_files_stay_if_nobody_knows_who_needs_them(cache: Cache) -> None:
+    _layer(cache, "layer", age=86400)
+    for in_use in (lambda: None, lambda: {"layer", "layer.1"}):
+        assert Evictor(cache, _limit(MIB), in_use).look() == 0
+        assert len(_layers(cache)) == 3
+    Evictor(cache, _limit(MIB), lambda: ()).look()
+    assert _layers(cache) == []
+
+
+def test_a_new_layer_file_is_noticed_without_a_count(cache: Cache) -> None:
+    _put(cache, 1, MIB, age=86400)
+    evictor = Evictor(cache, _limit(3 * MIB), lambda: ())
+    assert evictor.look() == 0
+    _layer(cache, "layer", age=3 * 86400)
+    assert evictor.look() >= 2 * MIB
+    assert len(_layers(cache)) <= 1
+    assert evictor.look() == 0

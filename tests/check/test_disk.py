@@ -186,3 +186,16 @@ async def test_a_cache_beyond_its_limit(tmp_path: Path) -> None:
     _object(scene, os.urandom(2_000_000))
     (found,) = await _found(scene, "cache-size")
     assert found.level is Level.WARNING
+
+
+async def test_layers_that_take_most_of_a_cache(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.context = context(tmp_path, cache=CacheLimits(size_limit_bytes=1_000_000))
+    paths = scene.context.paths.cache
+    os.makedirs(paths.trees)
+    for directory, size in ((paths.indexes, 200_000), (paths.trees, 400_000)):
+        assert await _found(scene, "cache-size") == []
+        Path(directory, "layer").write_bytes(os.urandom(size))
+    (found,) = await _found(scene, "cache-size")
+    assert found.level is Level.WARNING
+    assert "indexes and trees" in found.summary
