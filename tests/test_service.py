@@ -294,6 +294,9 @@ class Slow:
         finally:
             self.cancelled.set()
 
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        return True
+
     async def check(self, chain: Sequence[Attached]) -> None:
         pass
 

@@ -126,6 +126,13 @@ class ShardFilesystem:
             raise
         return attachment
 
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        """Whether a layer is the one that a request asks for; see `Filesystem`."""
+        request = parse_remote_request(labels)
+        if request is None:
+            return False
+        return await self._opener.is_same(_source(request), record_of(attachment))
+
     async def _record(
         self, slot: int, source: LayerSource, opened: OpenedLayer, lowers: Sequence[Lower]
     ) -> SlotRecord:
@@ -144,6 +151,7 @@ class ShardFilesystem:
             reference=source.reference.name,
             blob_size=opened.blob_size,
             manifest=str(source.manifest or ""),
+            described=opened.described,
             opaque_xattr=merged.opaque_xattr,
             inherited=merged.inherited,
             below=[lower.attachment.slot for lower in lowers if lower.attachment is not None],
@@ -323,9 +331,7 @@ class ShardFilesystem:
                 annotations=record.annotations,
                 complete=True,
             )
-            opened = await self._opener.open(source)
-            if opened.index != record.index:
-                raise Internal(f"the index of slot {record.slot} has another name now")
+            await self._opener.open(source, name=record.index)
         except LazysnapError as error:
             _log.error("index not restored", slot=attached.attachment.slot, error=error)
 

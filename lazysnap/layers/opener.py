@@ -2,14 +2,13 @@
 """Opens a layer: from its digest and annotations to a verified index on disk.
 
 At most one round trip for a layer that is not known (its tail holds the footer, usually all of the
-table of contents, and tells the size), none for a known one. The index file is named by the digests of
-blob and table of contents, so that nobody can make one layer answer for another. Knows nothing of
-mounts.
+table of contents, and tells the size), none for one that its repository is known to have. If another
+repository has it, the end of the blob is compared, and nothing is built. See `lazysnap.layers.identity` for
+what makes a layer the one that it is. Knows nothing of mounts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,9 +20,18 @@ import trio
 from lazysnap import log, oci, tracing
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal, NotLazy
-from lazysnap.formats.identify import identify
+from lazysnap.formats.identify import FOOTER_SIZE, identify
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import BuilderPool
+from lazysnap.layers.identity import (
+    NEEDED_ANNOTATIONS,
+    index_name,
+    link_same,
+    other_indexes,
+    promised,
+    same_facts,
+)
+from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.paths import INDEX_TAIL
@@ -43,13 +51,6 @@ _RECENT_SECONDS = 30.0
 _REMEMBERED = 1024
 # A table of contents can take 64 MiB here while it is on its way to a builder.
 _AT_ONCE = 16
-_PROMISES = (
-    oci.TOC_DIGEST,
-    *(prefix + oci.ZSTD_CHUNKED_CHECKSUM for prefix in oci.ZSTD_CHUNKED_PREFIXES),
-)
-_NEEDED = frozenset(_PROMISES) | {
-    prefix + oci.ZSTD_CHUNKED_POSITION for prefix in oci.ZSTD_CHUNKED_PREFIXES
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,14 @@ class OpenedLayer:
         blob_size: in bytes.
         annotations: those that it was checked by; with them it can be opened again.
         fetched: whether bytes of it have just come from the registry.
+        described: whether the manifest was read for the annotations.
     """
 
     index: str
     blob_size: int
     annotations: Mapping[str, str] = field(default_factory=dict)
     fetched: bool = False
+    described: bool = False
 
 
 class Opener:
@@ -149,7 +152,11 @@ class Opener:
         self._builders.expect()
 
     async def open(
-        self, source: LayerSource, indexed: Callable[[OpenedLayer], object] | None = None
+        self,
+        source: LayerSource,
+        indexed: Callable[[OpenedLayer], object] | None = None,
+        *,
+        name: str = "",
     ) -> OpenedLayer:
         """Make sure that the layer's index is on disk.
 
@@ -158,58 +165,97 @@ class Opener:
         Args:
             source: of the layer.
             indexed: called once, as soon as the index is on disk, which can be before the return.
+            name: of the index, if it is in use under a name that it got long ago.
 
         Raises:
             NotLazy: it cannot be read lazily; `reason` says why.
             LazysnapError: or another error, such as an unreachable registry.
         """
-        if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
-            raise NotLazy("the layer is encrypted", reason="encrypted")
-        promised = _promised(source.annotations)
-        if not promised and not source.complete and source.manifest is not None:
+        _refuse_encrypted(source)
+        described = self._lacks_promise(source)
+        if described:
             source = await self._described(source)
-            if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
-                raise NotLazy("the layer is encrypted", reason="encrypted")
-            promised = _promised(source.annotations)
-        if not promised and not self._allow_unverified:
+            _refuse_encrypted(source)
+        promise = promised(source.annotations)
+        if not promise and not self._allow_unverified:
             raise NotLazy(
                 "the manifest has no digest of a table of contents for this layer",
                 hint="convert the image to eStargz or zstd:chunked",
                 reason="no-toc-digest",
             )
-        name = _index_name(source.digest, promised)
+        name = name or index_name(source.digest, promise, source.reference)
         size = None
         if name in self._indexed:
             await self._indexed[name].wait()
-            size = await trio.to_thread.run_sync(_known, self._path(name))
+            size = await self._known(source, name)
         told = False
 
         def tell(size: int) -> None:
             nonlocal told
             if indexed is not None and not told:
                 told = True
-                indexed(self._opened(source, name, size))
+                indexed(self._opened(source, name, size, described))
 
         if size is None:
             size = await self._ensure(source, name, tell)
         tell(size)
-        return self._opened(source, name, size)
+        return self._opened(source, name, size, described)
 
-    def _opened(self, source: LayerSource, name: str, size: int) -> OpenedLayer:
+    def _opened(self, source: LayerSource, name: str, size: int, described: bool) -> OpenedLayer:
         fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
-        annotations = {k: v for k, v in source.annotations.items() if k in _NEEDED}
-        return OpenedLayer(name, size, annotations, fetched)
+        annotations = {k: v for k, v in source.annotations.items() if k in NEEDED_ANNOTATIONS}
+        return OpenedLayer(name, size, annotations, fetched, described)
+
+    async def is_same(self, source: LayerSource, record: SlotRecord) -> bool:
+        """Whether a layer that was asked for is the one that a slot serves.
+
+        Asks a registry only if the layer came from another repository, or if the manifest is needed and
+        not remembered.
+
+        Args:
+            source: of the layer that was asked for.
+            record: of the slot.
+
+        Raises:
+            LazysnapError: that cannot be known.
+        """
+        if source.digest != record.layer_digest:
+            return False
+        if self._lacks_promise(source):
+            # The digest of a manifest is checked whenever it is read, so it promises the same again.
+            if record.described and source.manifest == record.manifest:
+                source = replace(source, annotations=record.annotations)
+            else:
+                source = await self._described(source)
+        promise = promised(source.annotations)
+        if promise != promised(record.annotations) or not (promise or self._allow_unverified):
+            return False
+        if source.size not in (None, record.blob_size):
+            return False
+        if record.index == index_name(source.digest, promise, source.reference):
+            return True
+        opened = await self.open(source)
+        return await trio.to_thread.run_sync(
+            same_facts, self._path(opened.index), self._path(record.index)
+        )
+
+    async def _known(self, source: LayerSource, name: str) -> int | None:
+        """The size of the blob, if its index is there and fits."""
+        verified = bool(promised(source.annotations))
+        return await trio.to_thread.run_sync(_known, self._path(name), source.size, verified)
 
     async def _ensure(self, source: LayerSource, name: str, tell: Callable[[int], None]) -> int:
         """Build an index unless it is there; the size of the blob."""
         async with self._alone(name):
-            size = await trio.to_thread.run_sync(_known, self._path(name))
+            size = await self._known(source, name)
             if size is None:
                 async with self._limit:
                     with tracing.span("open layer", layer=source.digest):
                         self._indexed[name] = indexed = trio.Event()
                         try:
-                            size = await self._build(source, name, indexed, tell)
+                            size = await self._adopt(source, name)
+                            if size is None:
+                                size = await self._build(source, name, indexed, tell)
                         finally:
                             indexed.set()
                             del self._indexed[name]
@@ -252,6 +298,36 @@ class Opener:
             complete=True,
         )
 
+    def _lacks_promise(self, source: LayerSource) -> bool:
+        """Whether only its manifest can tell what is promised for a layer."""
+        known = promised(source.annotations) or source.complete
+        return not known and source.manifest is not None
+
+    async def _adopt(self, source: LayerSource, name: str) -> int | None:
+        """Take the index that another repository's blob has, if this one is the same as far as it can be
+        told; the size of the blob."""
+        promise = promised(source.annotations)
+        if not promise:
+            return None
+        others = await trio.to_thread.run_sync(
+            other_indexes, self._directory, name, source.digest, promise
+        )
+        if not others:
+            return None
+        blob = self._registry.blob(source.reference, source.digest, source.size)
+        tail = await blob.tail(FOOTER_SIZE)
+        location = identify(tail.data, tail.size, source.annotations, source.media_type or "")
+        self._note_fetched(name)
+        linked = await trio.to_thread.run_sync(
+            link_same, self._directory, self._trees, name, others, location
+        )
+        return tail.size if linked else None
+
+    def _note_fetched(self, name: str) -> None:
+        if len(self._fetched) >= _REMEMBERED:
+            self._fetched.clear()
+        self._fetched[name] = time.monotonic()
+
     async def _build(
         self, source: LayerSource, name: str, indexed: trio.Event, tell: Callable[[int], None]
     ) -> int:
@@ -277,11 +353,10 @@ class Opener:
             annotations=dict(source.annotations),
             media_type=media_type,
             toc_digest=source.annotations.get(oci.TOC_DIGEST),
-            trusted=self._allow_unverified,
+            # What was promised has to be kept, or the index would be taken for one that was checked.
+            trusted=self._allow_unverified and not promised(source.annotations),
         )
-        if len(self._fetched) >= _REMEMBERED:
-            self._fetched.clear()
-        self._fetched[name] = time.monotonic()
+        self._note_fetched(name)
 
         def stored() -> None:
             indexed.set()
@@ -302,32 +377,25 @@ def may_be_lazy(annotations: Mapping[str, str], *, allow_unverified: bool) -> bo
         annotations: all of its annotations.
         allow_unverified: as for `Opener`.
     """
-    return allow_unverified or bool(_promised(annotations))
+    return allow_unverified or bool(promised(annotations))
 
 
-def _promised(annotations: Mapping[str, str]) -> str:
-    """The promises that the annotations make for the table of contents, as one text.
-
-    That is its digest alone if there is one: it is always checked, and some clients hand on nothing
-    else, though all must find the same index. Otherwise it is all digests of its frame, of which only
-    one is checked.
-    """
-    if annotations.get(oci.TOC_DIGEST):
-        return annotations[oci.TOC_DIGEST]
-    return ",".join(annotations[name] for name in _PROMISES if annotations.get(name))
+def _refuse_encrypted(source: LayerSource) -> None:
+    if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
+        raise NotLazy("the layer is encrypted", reason="encrypted")
 
 
-def _index_name(layer: Digest, promised: str) -> str:
-    return f"{layer.hex}-{hashlib.sha256(promised.encode()).hexdigest()}"
-
-
-def _known(path: str) -> int | None:
-    """The blob size of a layer whose index is there and whole; None otherwise."""
+def _known(path: str, expected: int | None, verified: bool) -> int | None:
+    """The blob size of a layer whose index is there, whole and of the right blob; None otherwise."""
     if not os.path.exists(path):
         return None
     try:
-        size: int = open_index(path).blob_size
-        return size
+        index = open_index(path)
     except Internal as error:
         _log.warning("index is made anew", error=error)
         return None
+    size: int = index.blob_size
+    if expected not in (None, size) or (verified and not index.verified):
+        _log.warning("index does not fit its layer", index=path, size=size, expected=expected)
+        return None
+    return size

@@ -53,6 +53,7 @@ class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
         shard: the shard whose directory it is.
         annotations: of the layer, as far as they are needed to make the index anew.
         manifest: digest of the manifest by which the image was pulled; empty if it is not known.
+        described: whether that manifest was read, and has the annotations.
         opaque_xattr: name of the xattr that marks opaque directories for this node's overlay; empty
             if they hide nothing here.
         inherited: attributes of left-out directories.
@@ -63,6 +64,7 @@ class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
     slot: int
     shard: int
     manifest: str = ""
+    described: bool = False
     opaque_xattr: bytes = b"trusted.overlay.opaque"
     inherited: list[Inherited] = []
     below: list[int] = []

@@ -81,6 +81,20 @@ class Filesystem(Protocol):
                 mounted or attached then, and when the call is cancelled.
         """
 
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        """Whether a layer that is attached is the one that a request asks for.
+
+        The name of a snapshot is no proof of that: it is made of what an image says of itself.
+
+        Args:
+            attachment: of a remote snapshot.
+            labels: of the request.
+
+        Raises:
+            LazysnapError: that cannot be known.
+        """
+        ...
+
     def placed(self, attached: Attached) -> None:
         """The directory of a mounted layer has its final name: begin to make the layer visible there.
 

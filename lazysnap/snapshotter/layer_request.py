@@ -19,7 +19,7 @@ from lazysnap.store.records import Lineage
 from lazysnap.store.snapshots import SnapshotStore
 
 NAME_TAKEN = "name-taken"
-"""Reason: a snapshot has the name, and containerd would not find it by parent and label."""
+"""Reason: a snapshot has the name and is of another layer, or containerd would not find it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,9 @@ class LayerRequest:
         return remote_name(self.ref, self.parent_id)
 
     def is_met_by(self, found: Lineage, *, remote: bool) -> bool:
-        """Whether a snapshot answers this request.
+        """Whether a snapshot answers this request, if it is of the layer that is asked for.
+
+        That is certain of one that is not remote: its files were compared with the chain id.
 
         Args:
             found: the snapshot.

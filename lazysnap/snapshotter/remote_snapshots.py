@@ -86,11 +86,32 @@ class RemoteSnapshots:
             if not request.is_met_by(found, remote=True):
                 return Refused(NAME_TAKEN)
             number = found.snapshot.id
+            attachment = found.attachments[number]
+            if not await self.serves(attachment, request.labels):
+                _log.warning("another layer has the name that is asked for", name=request.name)
+                return Refused(NAME_TAKEN)
             try:
-                await self._check(self._attached({number: found.attachments[number]}))
+                await self._check(self._attached({number: attachment}))
             except LazysnapError as error:
                 return Refused(error.reason)
             return Prepared(request.name)
+
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        """Whether the layer of a remote snapshot is certainly the one that a request asks for.
+
+        Args:
+            attachment: of the snapshot.
+            labels: of the request.
+        """
+        if self._filesystem is None:
+            return False
+        try:
+            return await self._filesystem.serves(attachment, labels)
+        except LazysnapError as error:
+            _log.info("a layer cannot be compared", slot=attachment.slot, error=error)
+        except Exception:
+            _log.exception("comparing a layer failed", slot=attachment.slot)
+        return False
 
     async def _make(self, request: LayerRequest) -> Prepared | Refused:
         assert self._filesystem is not None

@@ -266,6 +266,22 @@ class Snapshotter:
         lineage = await self._db_thread.run(self._store.lineage, key)
         return lineage.attachments.get(lineage.snapshot.id)
 
+    async def may_answer(self, key: str, labels: Mapping[str, str]) -> bool:
+        """Whether a committed snapshot with the right chain id may answer a request for a layer.
+
+        The files of one that was unpacked were compared with the chain id. One that is lazy has to be of
+        the very layer.
+
+        Args:
+            key: the snapshot.
+            labels: of the request.
+
+        Raises:
+            NotFound: there is none.
+        """
+        attachment = await self.attachment(key)
+        return attachment is None or await self._remote.serves(attachment, labels)
+
     async def update(
         self, key: str, labels: Mapping[str, str], paths: Sequence[str] = ()
     ) -> Snapshot:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lazysnap import labels as names
@@ -121,7 +121,7 @@ async def _bring(
 ) -> str:
     """Have a committed snapshot of one layer; its name."""
     chain_id = labels[names.SNAPSHOT_REF]
-    found = await committed(engine.snapshotter, chain_id, parent)
+    found = await committed(engine.snapshotter, labels, parent)
     if found is not None:
         return found
     token = secrets.token_hex(8)
@@ -129,7 +129,7 @@ async def _bring(
     try:
         prepared = await engine.snapshotter.prepare(key, parent, labels)
     except AlreadyExists:
-        found = await committed(engine.snapshotter, chain_id, parent)
+        found = await committed(engine.snapshotter, labels, parent)
         if found is None:
             raise Internal(f"the snapshot of {blob.digest} is gone") from None
         return found
@@ -139,20 +139,23 @@ async def _bring(
     return name
 
 
-async def committed(snapshotter: Snapshotter, chain_id: str, parent: str) -> str | None:
+async def committed(snapshotter: Snapshotter, labels: Mapping[str, str], parent: str) -> str | None:
     """The name of the snapshot of a layer on a parent, if there is one.
 
     Args:
         snapshotter: started; it also works in the background, so its database is asked through it.
-        chain_id: of the layer.
+        labels: by which the layer is asked for.
         parent: name of the snapshot below, or empty.
     """
+    chain_id = labels[names.SNAPSHOT_REF]
     after: str | None = None
     while True:
         found, after = await snapshotter.list(after=after)
         for each in found:
             chain = each.labels.get(names.SNAPSHOT_REF)
-            if (each.kind, each.parent, chain) == (Kind.COMMITTED, parent, chain_id):
+            if (each.kind, each.parent, chain) != (Kind.COMMITTED, parent, chain_id):
+                continue
+            if await snapshotter.may_answer(each.name, labels):
                 return each.name
         if after is None:
             return None

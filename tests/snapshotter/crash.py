@@ -63,6 +63,9 @@ class Bound:
             self.hidden.add(slot)
         return Attachment(slot, 0, "sha256:layer", b"")
 
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        return True
+
     def placed(self, attached: Attached) -> None:
         if attached.attachment.slot in self.hidden:
             mounts.bind(self.source, attached.mountpoint)

@@ -339,6 +339,9 @@ class Directory:
             mounts.bind(str(self.source), mountpoint, read_only=True)
         return Attachment(slot, 0, labels["containerd.io/snapshot/cri.layer-digest"], b"record")
 
+    async def serves(self, attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        return attachment.layer_digest == labels["containerd.io/snapshot/cri.layer-digest"]
+
     def placed(self, attached: Attached) -> None:
         self.places.append(attached.mountpoint)
 

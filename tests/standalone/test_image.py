@@ -36,7 +36,7 @@ async def test_a_layer_is_found_while_the_snapshotter_uses_its_database(tmp_path
 
         async def look() -> None:
             for chain_id, parent in (("sha256:chain", ""), ("sha256:chain", "name"), ("other", "")):
-                found.append(await committed(snapshotter, chain_id, parent))
+                found.append(await committed(snapshotter, {SNAPSHOT_REF: chain_id}, parent))
 
         async with trio.open_nursery() as both:
             both.start_soon(snapshotter._db_thread.run, change)
