@@ -48,6 +48,11 @@ ZSTD_CHUNKED_PREFIXES = ("io.github.containers.zstd-chunked.", "io.containers.zs
 """containers/storage's dialect first; stargz-snapshotter's second."""
 ZSTD_CHUNKED_CHECKSUM = "manifest-checksum"
 ZSTD_CHUNKED_POSITION = "manifest-position"
+_PROMISES = (TOC_DIGEST, *(prefix + ZSTD_CHUNKED_CHECKSUM for prefix in ZSTD_CHUNKED_PREFIXES))
+OPENING_ANNOTATIONS = frozenset(_PROMISES) | {
+    prefix + ZSTD_CHUNKED_POSITION for prefix in ZSTD_CHUNKED_PREFIXES
+}
+"""The annotations of a layer by which it can be opened lazily, and opened again."""
 SOCI_INDEX_DIGEST = "com.amazon.soci.index-digest"
 SOCI_LAYER_DIGEST = "com.amazon.soci.image-layer-digest"
 
@@ -318,6 +323,18 @@ def layer_kind(media_type: str) -> LayerKind:
     if ".nondistributable." in kind or ".rootfs.foreign." in kind:
         return LayerKind.FOREIGN
     return _LAYER_KINDS.get(kind, LayerKind.UNKNOWN)
+
+
+def toc_promise(annotations: Mapping[str, str]) -> str:
+    """The promises that annotations make for the table of contents, as one text; empty if they make none.
+
+    That is its digest alone if there is one: it is always checked, and some clients hand on nothing
+    else, though all must find the same index. Otherwise it is all digests of its frame, of which only
+    one is checked.
+    """
+    if annotations.get(TOC_DIGEST):
+        return annotations[TOC_DIGEST]
+    return ",".join(annotations[name] for name in _PROMISES if annotations.get(name))
 
 
 def check_layers(manifest: Manifest, config: ImageConfig) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from lazysnap import oci
+from lazysnap import log
 from lazysnap.digest import Digest
 from lazysnap.errors import Internal
 from lazysnap.formats.location import TocLocation
@@ -25,27 +25,8 @@ from lazysnap.layers.view import open_index
 from lazysnap.paths import INDEX_TAIL
 from lazysnap.reference import Reference
 
-_PROMISES = (
-    oci.TOC_DIGEST,
-    *(prefix + oci.ZSTD_CHUNKED_CHECKSUM for prefix in oci.ZSTD_CHUNKED_PREFIXES),
-)
-NEEDED_ANNOTATIONS = frozenset(_PROMISES) | {
-    prefix + oci.ZSTD_CHUNKED_POSITION for prefix in oci.ZSTD_CHUNKED_PREFIXES
-}
-"""The annotations of a layer by which it can be opened again."""
+_log = log.get(__name__)
 _SEPARATOR = "-"
-
-
-def promised(annotations: Mapping[str, str]) -> str:
-    """The promises that annotations make for the table of contents, as one text; empty if they make none.
-
-    That is its digest alone if there is one: it is always checked, and some clients hand on nothing
-    else, though all must find the same index. Otherwise it is all digests of its frame, of which only
-    one is checked.
-    """
-    if annotations.get(oci.TOC_DIGEST):
-        return annotations[oci.TOC_DIGEST]
-    return ",".join(annotations[name] for name in _PROMISES if annotations.get(name))
 
 
 def index_name(layer: Digest, promise: str, reference: Reference) -> str:
@@ -53,7 +34,7 @@ def index_name(layer: Digest, promise: str, reference: Reference) -> str:
 
     Args:
         layer: digest of the blob.
-        promise: of its annotations, see `promised`.
+        promise: of its annotations, see `lazysnap.oci.toc_promise`.
         reference: of any image in the repository.
     """
     repository = hashlib.sha256(f"{reference.host}/{reference.repository}".encode()).hexdigest()
@@ -63,6 +44,28 @@ def index_name(layer: Digest, promise: str, reference: Reference) -> str:
 def _stem(layer: Digest, promise: str) -> str:
     """All of the name in old releases, which had one index for all repositories."""
     return f"{layer.hex}{_SEPARATOR}{hashlib.sha256(promise.encode()).hexdigest()}"
+
+
+def size_of_known(path: str, expected: int | None, verified: bool) -> int | None:
+    """The size of the blob that an index is of; None if the index is not there or of no use.
+
+    Args:
+        path: of the index.
+        expected: what its manifest says of the size, if that is known.
+        verified: whether the table of contents must have been checked against a digest.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        index = open_index(path)
+    except Internal as error:
+        _log.warning("index is made anew", error=error)
+        return None
+    size: int = index.blob_size
+    if expected not in (None, size) or (verified and not index.verified):
+        _log.warning("index does not fit its layer", index=path, size=size, expected=expected)
+        return None
+    return size
 
 
 def other_indexes(directory: str, name: str, layer: Digest, promise: str) -> list[str]:

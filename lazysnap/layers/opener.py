@@ -19,21 +19,19 @@ import trio
 
 from lazysnap import log, oci, tracing
 from lazysnap.digest import Digest
-from lazysnap.errors import Internal, NotLazy
+from lazysnap.errors import NotLazy
 from lazysnap.formats.identify import FOOTER_SIZE, identify
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.identity import (
-    NEEDED_ANNOTATIONS,
     index_name,
     link_same,
     other_indexes,
-    promised,
     same_facts,
+    size_of_known,
 )
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import tree_name
-from lazysnap.layers.view import open_index
 from lazysnap.paths import INDEX_TAIL
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
@@ -176,7 +174,7 @@ class Opener:
         if described:
             source = await self._described(source)
             _refuse_encrypted(source)
-        promise = promised(source.annotations)
+        promise = oci.toc_promise(source.annotations)
         if not promise and not self._allow_unverified:
             raise NotLazy(
                 "the manifest has no digest of a table of contents for this layer",
@@ -203,7 +201,7 @@ class Opener:
 
     def _opened(self, source: LayerSource, name: str, size: int, described: bool) -> OpenedLayer:
         fetched = time.monotonic() - self._fetched.get(name, float("-inf")) < _RECENT_SECONDS
-        annotations = {k: v for k, v in source.annotations.items() if k in NEEDED_ANNOTATIONS}
+        annotations = {k: v for k, v in source.annotations.items() if k in oci.OPENING_ANNOTATIONS}
         return OpenedLayer(name, size, annotations, fetched, described)
 
     async def is_same(self, source: LayerSource, record: SlotRecord) -> bool:
@@ -227,8 +225,10 @@ class Opener:
                 source = replace(source, annotations=record.annotations)
             else:
                 source = await self._described(source)
-        promise = promised(source.annotations)
-        if promise != promised(record.annotations) or not (promise or self._allow_unverified):
+        promise = oci.toc_promise(source.annotations)
+        if promise != oci.toc_promise(record.annotations) or not (
+            promise or self._allow_unverified
+        ):
             return False
         if source.size not in (None, record.blob_size):
             return False
@@ -241,8 +241,8 @@ class Opener:
 
     async def _known(self, source: LayerSource, name: str) -> int | None:
         """The size of the blob, if its index is there and fits."""
-        verified = bool(promised(source.annotations))
-        return await trio.to_thread.run_sync(_known, self._path(name), source.size, verified)
+        verified = bool(oci.toc_promise(source.annotations))
+        return await trio.to_thread.run_sync(size_of_known, self._path(name), source.size, verified)
 
     async def _ensure(self, source: LayerSource, name: str, tell: Callable[[int], None]) -> int:
         """Build an index unless it is there; the size of the blob."""
@@ -300,13 +300,13 @@ class Opener:
 
     def _lacks_promise(self, source: LayerSource) -> bool:
         """Whether only its manifest can tell what is promised for a layer."""
-        known = promised(source.annotations) or source.complete
+        known = oci.toc_promise(source.annotations) or source.complete
         return not known and source.manifest is not None
 
     async def _adopt(self, source: LayerSource, name: str) -> int | None:
         """Take the index that another repository's blob has, if this one is the same as far as it can be
         told; the size of the blob."""
-        promise = promised(source.annotations)
+        promise = oci.toc_promise(source.annotations)
         if not promise:
             return None
         others = await trio.to_thread.run_sync(
@@ -354,7 +354,7 @@ class Opener:
             media_type=media_type,
             toc_digest=source.annotations.get(oci.TOC_DIGEST),
             # What was promised has to be kept, or the index would be taken for one that was checked.
-            trusted=self._allow_unverified and not promised(source.annotations),
+            trusted=self._allow_unverified and not oci.toc_promise(source.annotations),
         )
         self._note_fetched(name)
 
@@ -377,25 +377,9 @@ def may_be_lazy(annotations: Mapping[str, str], *, allow_unverified: bool) -> bo
         annotations: all of its annotations.
         allow_unverified: as for `Opener`.
     """
-    return allow_unverified or bool(promised(annotations))
+    return allow_unverified or bool(oci.toc_promise(annotations))
 
 
 def _refuse_encrypted(source: LayerSource) -> None:
     if oci.layer_kind(source.media_type or "") is oci.LayerKind.ENCRYPTED:
         raise NotLazy("the layer is encrypted", reason="encrypted")
-
-
-def _known(path: str, expected: int | None, verified: bool) -> int | None:
-    """The blob size of a layer whose index is there, whole and of the right blob; None otherwise."""
-    if not os.path.exists(path):
-        return None
-    try:
-        index = open_index(path)
-    except Internal as error:
-        _log.warning("index is made anew", error=error)
-        return None
-    size: int = index.blob_size
-    if expected not in (None, size) or (verified and not index.verified):
-        _log.warning("index does not fit its layer", index=path, size=size, expected=expected)
-        return None
-    return size

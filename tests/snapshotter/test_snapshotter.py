@@ -476,6 +476,37 @@ async def test_a_lazy_snapshot_is_there_at_once(root: Path, layer: Directory) ->
 
 
 @pytest.mark.root
+async def test_another_layer_with_the_name_does_not_answer(root: Path, layer: Directory) -> None:
+    """Its image claims the chain id; also what the client fills then gets no part of it."""
+    digest = "containerd.io/snapshot/cri.layer-digest"
+    async with running(root, layer) as snapshotter:
+        name = await prepare_lazily(snapshotter)
+        other = {**REF, digest: "sha256:other"}
+        await snapshotter.prepare("extract-2", "", other)
+        assert (await snapshotter.stat("extract-2")).labels[REASON] == "name-taken"
+        await snapshotter.commit("verified", "extract-2", other)
+        assert layer.prepared == 1
+        assert not await snapshotter.may_answer(name, other)
+        assert await snapshotter.may_answer(name, REF)
+        assert await snapshotter.may_answer("verified", REF)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("error", [Unavailable("away"), ValueError("a mistake")])
+async def test_a_layer_that_cannot_be_compared_does_not_answer(
+    root: Path, layer: Directory, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serves(attachment: Attachment, labels: Mapping[str, str]) -> bool:
+        raise error
+
+    async with running(root, layer) as snapshotter:
+        await prepare_lazily(snapshotter)
+        monkeypatch.setattr(layer, "serves", serves)
+        await snapshotter.prepare("extract-2", "", REF)
+        assert (await snapshotter.stat("extract-2")).labels[REASON] == "name-taken"
+
+
+@pytest.mark.root
 async def test_one_chain_id_on_two_parents(root: Path, layer: Directory) -> None:
     async with running(root, layer) as snapshotter:
         made = set()

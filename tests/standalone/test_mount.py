@@ -16,7 +16,7 @@ import trio
 
 from fixtures.processes import alive
 from tests.standalone.scene import SECONDS, Scene, layout, mounts_below
-from tests.support import images
+from tests.support import images, layers
 from tests.support.images import Layout
 from tests.support.registry import Break, FaultyRegistry, faulty_registry
 from tests.support.stack import wait_until
@@ -331,6 +331,33 @@ def test_a_mount_in_another_namespace_is_left_alone_until_that_has_ended(it: Sce
     it.mount(f"oci:{made.path}")
     _look(it.point)
     it.umount()
+    it.assert_clean()
+
+
+@pytest.mark.parametrize("form", ["estargz", "plain"])
+def test_an_image_that_claims_to_be_another_does_not_take_its_place(it: Scene, form: str) -> None:
+    made = layout(it.directory / "layout", [form] * 3, _PAYLOAD)
+    tars = [
+        *images.busybox_tars(_PAYLOAD)[:2],
+        images.tar([("data", None), ("data/evil", b"evil")]),
+    ]
+    evil = [layers.estargz(tar) for tar in tars]
+    claiming = [
+        images.Layer(each.blob, honest.diff_id, each.media_type, each.annotations)
+        for each, honest in zip(evil, made.layers, strict=True)
+    ]
+    hostile = images.write_layout(it.directory / "hostile", claiming)
+    other = it.new_point()
+    it.mount(f"oci:{hostile.path}", point=other)
+    assert (other / "data/evil").exists()
+    it.mount(f"oci:{made.path}")
+    _look(it.point)
+    again = it.new_point()
+    it.mount(f"oci:{made.path}", point=again)  # finds what was made
+    _look(again)
+    assert (other / "data/evil").exists()
+    for point in (it.point, other, again):
+        it.umount(point=point)
     it.assert_clean()
 
 

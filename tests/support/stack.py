@@ -222,6 +222,7 @@ class Stack:
             *(sys.executable, "-m", "lazysnap", "pull", reference, "--plain-http", "--json"),
             *("--address", self.containerd.address, "--snapshotter", snapshotter),
             *("--root", str(self.lazysnap.root if delegated else self.directory / "none")),
+            *("--namespace", self.containerd.namespace),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
