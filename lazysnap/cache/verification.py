@@ -2,7 +2,8 @@
 """Reads all of the cache and checks it, as no reader does: a seal is not believed here.
 
 Objects are checked by their names, chunks of partial files by the indexes that name them, indexes by
-their checksums. A change meanwhile is no error: contents appear whole, and go.
+their checksums, and by whether what they say can be true of any blob. A change meanwhile is no error:
+contents appear whole, and go.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from lazysnap.cache import Cache
 from lazysnap.cache.inventory import Entry, Kind, entries, remove
 from lazysnap.cache.partial import PRESENT, read_map
-from lazysnap.errors import LazysnapError
+from lazysnap.errors import FormatError, LazysnapError
 from lazysnap.index.model import FileContent
 from lazysnap.index.reader import LayerIndex
 from lazysnap.paths import INDEX_TAIL
@@ -149,6 +150,7 @@ class _Verifier:
         try:
             with open(path, "rb") as file:
                 index = LayerIndex(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            _check_places(index)
             for content in _contents(index):
                 key = content.partial_key
                 entry = partials.pop(key, None) if key else None
@@ -192,6 +194,19 @@ class _Verifier:
         if problem:
             # The whole file: a process that has it open sees that it is gone, but not a map changed.
             self._wrong("partial", f"partial/{name}", problem, lambda: remove(self._cache, entry))
+
+
+def _check_places(index: LayerIndex) -> None:
+    """Raise FormatError if the parts of the blob that an index names cannot be where it says."""
+    if not 0 <= index.data_end <= index.toc_offset <= index.blob_size:
+        raise FormatError(
+            f"members to {index.data_end} and a table of contents at {index.toc_offset} are not in a"
+            f" blob of {index.blob_size} bytes"
+        )
+    for number in range(index.member_count):
+        member = index.member(number)
+        if not 0 <= member.blob_offset < member.blob_end <= index.data_end:
+            raise FormatError(f"member {number} is not in front of the table of contents")
 
 
 def _contents(index: LayerIndex) -> Iterator[FileContent]:

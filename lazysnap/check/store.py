@@ -12,7 +12,9 @@ from functools import partial
 
 from lazysnap.check.finding import Context, Finding, Fix, Probe, failure, info, warning
 from lazysnap.check.state import running_daemon, slots
-from lazysnap.errors import LazysnapError
+from lazysnap.errors import Internal, LazysnapError
+from lazysnap.layers.slots import SlotRecord
+from lazysnap.layers.view import open_index
 from lazysnap.snapshotter.directories import Directories, garbage
 from lazysnap.store.reader import SnapshotReader
 from lazysnap.store.records import Attachment
@@ -146,9 +148,9 @@ def lazy(context: Context) -> Iterator[Finding]:
                     "its layer cannot be read once its worker is replaced",
                     restored,
                 )
-        elif not os.path.exists(context.paths.cache.index(record.index)):
+        elif problem := _index_problem(context.paths.cache.index(record.index), record):
             yield failure(
-                f"the index of layer {record.layer_digest} of {record.reference} is gone",
+                f"the index of layer {record.layer_digest} of {record.reference} {problem}",
                 "the layer cannot be read once its worker is replaced",
                 f"{restored}, from the registry",
             )
@@ -159,6 +161,19 @@ def lazy(context: Context) -> Iterator[Finding]:
             "their layers are kept in memory and fetched, but nobody reads them",
             "the next start of lazysnap serve removes them",
         )
+
+
+def _index_problem(path: str, record: SlotRecord) -> str:
+    """What is wrong with the index that a slot needs; empty if nothing is."""
+    if not os.path.exists(path):
+        return "is gone"
+    try:
+        size = open_index(path).blob_size
+    except Internal:
+        return "is damaged"
+    if size != record.blob_size:
+        return f"is of a blob of {size} bytes, and not of {record.blob_size}"
+    return ""
 
 
 def _listed(directory: str) -> list[str]:

@@ -22,7 +22,6 @@ from lazysnap.formats.location import TocLocation
 from lazysnap.index.reader import LayerIndex
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
-from lazysnap.paths import INDEX_TAIL
 from lazysnap.reference import Reference
 
 _log = log.get(__name__)
@@ -110,7 +109,7 @@ def link_same(
         if index.verified and _says(index, location):
             if not _link(os.path.join(directory, other), os.path.join(directory, name)):
                 return False
-            _link(*(os.path.join(directory, each + INDEX_TAIL) for each in (other, name)))
+            # Not the tail of the blob, which is as good as what that other repository sends.
             if trees:
                 _link(*(os.path.join(trees, tree_name(each)) for each in (other, name)))
             return True

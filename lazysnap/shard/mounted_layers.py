@@ -142,6 +142,12 @@ class MountedLayers:
                 if origin.index not in self._served:
                     path = Root(self.root).cache.index(origin.index)
                     index = await trio.to_thread.run_sync(open_index, path)
+                    if index.blob_size != origin.blob_size:
+                        raise Internal(
+                            f"index {path} is of a blob of {index.blob_size} bytes,"
+                            f" and not of {origin.blob_size}",
+                            reason="index-damaged",
+                        )
                     made = self._make(origin, index, self.begun)
                     self._served[origin.index] = made
                 return self._served[origin.index]

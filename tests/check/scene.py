@@ -14,10 +14,14 @@ import msgspec
 
 from lazysnap.check.finding import Context, Finding, Probe
 from lazysnap.check.running import run
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.layers.slots import SlotRecord, write_slot
 from lazysnap.overlay import Kind
 from lazysnap.store.records import Attachment
 from lazysnap.store.snapshots import SnapshotStore
+from tests.support import layers
+from tests.support.indexes import toc_of
 
 LAYER = "sha256:" + "a" * 64
 
@@ -69,16 +73,22 @@ class Scene:
         return number
 
     def lazy(self, name: str, reference: str = "127.0.0.1:1/r/x:t", layer: str = LAYER) -> int:
-        """Make a lazy snapshot with its directory, slot and (empty) index, but no mount."""
+        """Make a lazy snapshot with its directory, slot and index, but no mount."""
+        made = layers.estargz([])
         slot, layer = self.store.next_slot(), str(layer)  # msgspec encodes no subclasses of str
         record = SlotRecord(
-            slot=slot, shard=0, layer_digest=layer, index="i", reference=reference, blob_size=7
+            slot=slot,
+            shard=0,
+            layer_digest=layer,
+            index="i",
+            reference=reference,
+            blob_size=made.size,
         )
         attachment = Attachment(slot, 0, layer, msgspec.msgpack.encode(record))
         with self.store.committing_remote(name, "", {}, attachment) as number:
             (self.root / f"snapshots/{number}/fs").mkdir(parents=True)
         write_slot(str(self.root), record)
-        (self.root / "cache/index/i").touch()
+        (self.root / "cache/index/i").write_bytes(encode(build(toc_of(made))))
         return number
 
     def say_serving(self) -> int:

@@ -17,10 +17,14 @@ from lazysnap import mounts
 from lazysnap.check import mount_points, store, trial
 from lazysnap.check.finding import Context, Finding, Level
 from lazysnap.check.running import repair
+from lazysnap.index.build import build
+from lazysnap.index.codec import encode
 from lazysnap.layers.slots import remove_slot
 from lazysnap.overlay import Kind
 from tests.check.scene import Scene, context, look
+from tests.support import layers
 from tests.support.filesystems import mounted as loop_mounted
+from tests.support.indexes import toc_of
 
 PROBES = (*store.PROBES, *mount_points.PROBES)
 
@@ -124,6 +128,18 @@ async def test_directories_that_a_running_daemon_forgot(
     monkeypatch.setattr(time, "time", lambda: later)
     assert len(await _found(scene, "snapshots")) == 1
     os.close(serving)
+
+
+async def test_an_index_that_is_not_of_the_blob_of_its_slot(scene: Scene) -> None:
+    scene.lazy("lazy")
+    path = scene.root / "cache/index/i"
+    another = layers.estargz([layers.file("f", b"another")])
+    path.write_bytes(encode(build(toc_of(another))))
+    (found,) = await _found(scene, "slots")
+    assert f"is of a blob of {another.size} bytes" in found.summary
+    path.write_bytes(b"")
+    (found,) = await _found(scene, "slots")
+    assert "is damaged" in found.summary
 
 
 async def test_slots_and_indexes_that_are_gone(scene: Scene) -> None:

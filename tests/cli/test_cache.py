@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from isal import isal_zlib
 
 from lazysnap.cache import Cache, PartialFile
 from lazysnap.cache.stamps import seal_time
 from lazysnap.cli import main
+from lazysnap.index import layout
 from lazysnap.index.build import build
 from lazysnap.index.codec import encode
 from lazysnap.index.model import FileContent
@@ -130,6 +132,24 @@ def test_verify_finds_what_is_wrong_and_removes_it_when_told(scene: Scene, what:
     assert scene.run("verify", "--fix").exit_code == 1
     assert not path.exists()
     assert scene.run("verify").exit_code == 0
+
+
+@pytest.mark.parametrize("what", ["table", "size"])
+def test_verify_finds_an_index_that_is_true_of_no_blob(scene: Scene, what: str) -> None:
+    """Whole and with a right checksum, but its parts are not where it says."""
+    packed = bytearray(scene.index_path.read_bytes())
+    facts = list(layout.FACTS.unpack_from(packed, layout.PREAMBLE.size))
+    facts[5 if what == "table" else 4] = 10  # offset of the table, size of the blob
+    layout.FACTS.pack_into(packed, layout.PREAMBLE.size, *facts)
+    checksum = isal_zlib.crc32(packed[layout.CHECKED_FROM :])
+    layout.PREAMBLE.pack_into(packed, 0, layout.MAGIC, layout.VERSION, checksum, len(packed))
+    scene.index_path.write_bytes(packed)
+    assert LayerIndex(bytes(packed)).node_count
+    result = scene.run("verify")
+    assert result.exit_code == 2
+    assert "not in a blob of" in result.stdout
+    assert scene.run("verify", "--fix").exit_code == 1
+    assert not scene.index_path.exists()
 
 
 def test_a_seal_is_not_believed(scene: Scene) -> None:

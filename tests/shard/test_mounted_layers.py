@@ -75,7 +75,12 @@ async def test_slots_that_are_loaded_at_once_share_their_layer(tmp_path: Path) -
 
         for slot in range(1, 5):
             record = SlotRecord(
-                slot=slot, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+                slot=slot,
+                shard=0,
+                layer_digest=layer.digest,
+                index="i",
+                reference="r",
+                blob_size=layer.size,
             )
             write_slot(str(tmp_path), record)
         mounted = MountedLayers(str(tmp_path), 0, make)
@@ -88,6 +93,21 @@ async def test_slots_that_are_loaded_at_once_share_their_layer(tmp_path: Path) -
     contents.close()
 
 
+async def test_an_index_of_another_blob_is_not_served(tmp_path: Path) -> None:
+    layer = layers.estargz([layers.file("f", b"content")])
+    Path(Cache(str(tmp_path / "cache")).index, "i").write_bytes(encode(build(toc_of(layer))))
+    record = SlotRecord(
+        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+    )
+    write_slot(str(tmp_path), record)
+
+    def make(origin: LayerOrigin, index: LayerIndex, begun: Begun) -> ServedLayer:
+        raise AssertionError("it is served")
+
+    with pytest.raises(Internal, match=f"is of a blob of {layer.size} bytes, and not of 1"):
+        await MountedLayers(str(tmp_path), 0, make).load(1)
+
+
 async def test_a_record_that_changes_while_it_is_loaded_leaves_no_layer_behind(
     tmp_path: Path,
 ) -> None:
@@ -97,7 +117,7 @@ async def test_a_record_that_changes_while_it_is_loaded_leaves_no_layer_behind(
         (tmp_path / "cache" / "index" / name).write_bytes(encode(build(toc_of(layer))))
     contents = OpenFiles(cache)
     record = SlotRecord(
-        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=layer.size
     )
     write_slot(str(tmp_path), record)
     async with trio.open_nursery() as nursery:
@@ -118,7 +138,7 @@ async def test_a_layer_that_is_expected_is_kept_without_a_slot(tmp_path: Path) -
     (tmp_path / "cache" / "index" / "i").write_bytes(encode(build(toc_of(layer))))
     contents = OpenFiles(cache)
     record = SlotRecord(
-        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+        slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=layer.size
     )
     write_slot(str(tmp_path), record)
     async with trio.open_nursery() as nursery:
@@ -159,7 +179,12 @@ async def test_an_index_takes_memory_only_while_it_is_read(
     async with trio.open_nursery() as nursery:
         make = _maker(layer, contents, nursery)
         record = SlotRecord(
-            slot=1, shard=0, layer_digest=layer.digest, index="i", reference="r", blob_size=1
+            slot=1,
+            shard=0,
+            layer_digest=layer.digest,
+            index="i",
+            reference="r",
+            blob_size=layer.size,
         )
         write_slot(str(tmp_path), record)
         mounted = MountedLayers(str(tmp_path), 0, make)

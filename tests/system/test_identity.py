@@ -87,12 +87,13 @@ def test_claimed_diff_ids_take_nobodys_place(
     assert _code(it, made.good) == _expected(_GOOD)
 
 
-def test_ctr_gets_what_it_asked_for_in_another_namespace(it: Stack) -> None:
-    made = Images(it, form="plain", whole=False)
-    it.containerd.namespace = "tenant-a"
-    it.pull(made.evil)
-    it.containerd.namespace = "tenant-b"
-    it.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "lazysnap", made.good)
+@pytest.mark.parametrize("form", ["lazy", "plain"])
+def test_another_client_gets_what_it_asked_for_in_another_namespace(it: Stack, form: str) -> None:
+    made = Images(it, form=form, whole=False)
+    for namespace, reference in (("tenant-a", made.evil), ("tenant-b", made.good)):
+        it.containerd.namespace = namespace
+        words = ("images", "rpull", "--plain-http", "--snapshotter", "lazysnap", reference)
+        it.containerd.ctr(*words, client="ctr-remote")
     assert _code(it, made.good) == _expected(_GOOD)
 
 
