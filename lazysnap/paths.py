@@ -49,7 +49,7 @@ class CacheDirectory:
         """The index of a layer, see `lazysnap.index.codec`; its checksum tells whether it is complete.
 
         Args:
-            name: digest of the layer's blob and table of contents.
+            name: of the layer, see `lazysnap.layers.identity`.
         """
         return os.path.join(self.indexes, name)
 
