@@ -45,7 +45,7 @@ def _stem(layer: Digest, promise: str) -> str:
     return f"{layer.hex}{_SEPARATOR}{hashlib.sha256(promise.encode()).hexdigest()}"
 
 
-def size_of_known(path: str, expected: int | None, verified: bool) -> int | None:
+def size_of_known(path: str, expected: int | None, *, verified: bool) -> int | None:
     """The size of the blob that an index is of; None if the index is not there or of no use.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 
@@ -185,7 +185,7 @@ class Opener:
         size = None
         if name in self._indexed:
             await self._indexed[name].wait()
-            size = await self._known(source, name)
+            size, _ = await self._known(source, name)
         told = False
 
         def tell(size: int) -> None:
@@ -239,21 +239,28 @@ class Opener:
             same_facts, self._path(opened.index), self._path(record.index)
         )
 
-    async def _known(self, source: LayerSource, name: str) -> int | None:
-        """The size of the blob, if its index is there and fits."""
-        verified = bool(oci.toc_promise(source.annotations))
-        return await trio.to_thread.run_sync(size_of_known, self._path(name), source.size, verified)
+    async def _known(self, source: LayerSource, name: str) -> tuple[int | None, Sequence[str]]:
+        """The size of the blob, if its index is there and fits; otherwise those of other repositories."""
+        promise = oci.toc_promise(source.annotations)
+
+        def look() -> tuple[int | None, Sequence[str]]:
+            size = size_of_known(self._path(name), source.size, verified=bool(promise))
+            if size is not None or not promise:
+                return size, ()
+            return None, other_indexes(self._directory, name, source.digest, promise)
+
+        return await trio.to_thread.run_sync(look)
 
     async def _ensure(self, source: LayerSource, name: str, tell: Callable[[int], None]) -> int:
         """Build an index unless it is there; the size of the blob."""
         async with self._alone(name):
-            size = await self._known(source, name)
+            size, others = await self._known(source, name)
             if size is None:
                 async with self._limit:
                     with tracing.span("open layer", layer=source.digest):
                         self._indexed[name] = indexed = trio.Event()
                         try:
-                            size = await self._adopt(source, name)
+                            size = await self._adopt(source, name, others)
                             if size is None:
                                 size = await self._build(source, name, indexed, tell)
                         finally:
@@ -303,15 +310,17 @@ class Opener:
         known = oci.toc_promise(source.annotations) or source.complete
         return not known and source.manifest is not None
 
-    async def _adopt(self, source: LayerSource, name: str) -> int | None:
-        """Take the index that another repository's blob has, if this one is the same as far as it can be
-        told; the size of the blob."""
-        promise = oci.toc_promise(source.annotations)
-        if not promise:
-            return None
-        others = await trio.to_thread.run_sync(
-            other_indexes, self._directory, name, source.digest, promise
-        )
+    async def _adopt(self, source: LayerSource, name: str, others: Sequence[str]) -> int | None:
+        """Take the index of another repository's blob, if this repository says the same of it.
+
+        Args:
+            source: of the layer.
+            name: of the index.
+            others: the indexes that there are.
+
+        Returns:
+            The size of the blob; None if the index has to be built.
+        """
         if not others:
             return None
         blob = self._registry.blob(source.reference, source.digest, source.size)

@@ -87,6 +87,16 @@ def test_claimed_diff_ids_take_nobodys_place(
     assert _code(it, made.good) == _expected(_GOOD)
 
 
+def test_a_pull_by_the_daemon_believes_no_claim(it: Stack) -> None:
+    made = Images(it, form="lazy", whole=False)
+    it.pull(made.evil, delegated=True)
+    it.pull(made.good, delegated=True)
+    assert _code(it, made.good) == _expected(_GOOD)
+    # What is there now has been compared with its diff ids, so it is true of the other image as well.
+    it.pull(made.evil, delegated=True)
+    assert _code(it, made.evil) == _expected(_GOOD)
+
+
 @pytest.mark.parametrize("form", ["lazy", "plain"])
 def test_another_client_gets_what_it_asked_for_in_another_namespace(it: Stack, form: str) -> None:
     made = Images(it, form=form, whole=False)
