@@ -151,7 +151,7 @@ class ShardFilesystem:
             reference=source.reference.name,
             blob_size=opened.blob_size,
             manifest=str(source.manifest or ""),
-            described=opened.described,
+            described=opened.described or msgspec.UNSET,
             opaque_xattr=merged.opaque_xattr,
             inherited=merged.inherited,
             below=[lower.attachment.slot for lower in lowers if lower.attachment is not None],

@@ -221,7 +221,7 @@ class Opener:
             return False
         if self._lacks_promise(source):
             # The digest of a manifest is checked whenever it is read, so it promises the same again.
-            if record.described and source.manifest == record.manifest:
+            if record.described is True and source.manifest == record.manifest:
                 source = replace(source, annotations=record.annotations)
             else:
                 source = await self._described(source)

@@ -64,7 +64,8 @@ class SlotRecord(LayerOrigin, frozen=True, kw_only=True):
     slot: int
     shard: int
     manifest: str = ""
-    described: bool = False
+    # Written only if it is set: the record is as it was before this release otherwise.
+    described: bool | msgspec.UnsetType = msgspec.UNSET
     opaque_xattr: bytes = b"trusted.overlay.opaque"
     inherited: list[Inherited] = []
     below: list[int] = []

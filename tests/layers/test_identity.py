@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -119,7 +120,7 @@ def _record(source: LayerSource, opened: OpenedLayer, **fields: Any) -> SlotReco
         reference=source.reference.name,
         blob_size=opened.blob_size,
         manifest=str(source.manifest or ""),
-        described=opened.described,
+        described=opened.described or msgspec.UNSET,
         **fields,
     )
 
@@ -235,7 +236,7 @@ async def test_the_manifest_tells_what_labels_do_not(two: Two) -> None:
     asked = {"size": None, "annotations": {}, "complete": False}
     source = two.source(two.honest, layer, manifest=manifest, **asked)
     record = _record(source, await two.opener.open(source))
-    assert record.described
+    assert record.described is True
     before = len(two.honest.log)
     two.honest.manifests.clear()
     assert await two.opener.is_same(source, record)  # by what is remembered
