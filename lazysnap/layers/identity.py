@@ -87,16 +87,16 @@ def other_indexes(directory: str, name: str, layer: Digest, promise: str) -> lis
 
 
 def link_same(
-    directory: str, trees: str, name: str, others: Sequence[str], location: TocLocation
+    directory: str, name: str, others: Sequence[str], location: TocLocation, *, trees: str
 ) -> bool:
     """Take over the index of another repository's blob, if it is the one that would be built.
 
     Args:
         directory: of all indexes.
-        trees: directory of tree images; empty if they are not needed.
         name: of the index that is wanted.
         others: from `other_indexes`.
         location: of the table of contents, as this repository's blob says.
+        trees: directory of tree images; empty if they are not needed.
 
     Returns:
         Whether the index is there now.

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 
 import trio
 
@@ -327,9 +328,8 @@ class Opener:
         tail = await blob.tail(FOOTER_SIZE)
         location = identify(tail.data, tail.size, source.annotations, source.media_type or "")
         self._note_fetched(name)
-        linked = await trio.to_thread.run_sync(
-            link_same, self._directory, self._trees, name, others, location
-        )
+        link = partial(link_same, self._directory, name, others, location, trees=self._trees)
+        linked = await trio.to_thread.run_sync(link)
         return tail.size if linked else None
 
     def _note_fetched(self, name: str) -> None:
