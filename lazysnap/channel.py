@@ -26,6 +26,9 @@ from lazysnap.errors import Internal, LazysnapError, Unavailable
 
 _log = log.get(__name__)
 
+BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+"""What the use of a socket raises when the other side, or the socket itself, is gone."""
+
 Handler = Callable[..., Awaitable[Any]]
 Tell = Callable[[Mapping[str, Any]], None]
 """Sends the caller a message, which must have neither `ok` nor `error`; returns at once."""
@@ -70,7 +73,7 @@ async def _exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes | None:
     while len(data) < count:
         try:
             more = await stream.receive_some(min(count - len(data), 1 << 18))
-        except trio.BrokenResourceError as error:
+        except BROKEN as error:
             raise Unavailable(f"the peer went away: {error}") from error
         if not more:
             if data:
@@ -99,12 +102,12 @@ async def call(path: str, name: str, *, timeout: float, **args: Any) -> Any:
             stream = await trio.open_unix_socket(path)
         except OSError as error:
             raise Unavailable(f"nobody answers at {path}: {error.strerror}") from error
-        async with stream:
-            try:
+        try:
+            async with stream:
                 await stream.send_all(frames.pack({"call": name, "args": args}))
-            except trio.BrokenResourceError as error:
-                raise Unavailable(f"the peer at {path} went away: {error}") from error
-            answer = await answer_of(stream, path)
+                answer = await answer_of(stream, path)
+        except BROKEN as error:
+            raise Unavailable(f"the peer at {path} went away: {error}") from error
     if scope.cancelled_caught:
         raise Unavailable(f"{path} did not answer {name!r} within {timeout:g} s")
     return answer
@@ -129,8 +132,8 @@ async def serve(
     listener = listen(path)
 
     async def connection(stream: trio.SocketStream) -> None:
-        async with stream:
-            try:
+        try:
+            async with stream:
                 request = await receive(stream)
                 if request is None:
                     return
@@ -138,8 +141,8 @@ async def serve(
                     await _answer_while_heard(stream, telling, request)
                 else:
                     await stream.send_all(await _answer(handlers, request))
-            except (Unavailable, trio.BrokenResourceError) as error:
-                _log.debug("call broken off", error=error)
+        except (Unavailable, *BROKEN) as error:
+            _log.debug("call broken off", error=error)
 
     await trio.serve_listeners(connection, [listener], task_status=task_status)
 
@@ -159,14 +162,14 @@ async def _answer_while_heard(
             send.send_nowait(await _answer(told, request))
 
     async def listen_for_the_end() -> None:
-        with contextlib.suppress(trio.BrokenResourceError):
+        with contextlib.suppress(*BROKEN):
             await stream.receive_some(1)  # callers send nothing more
         nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(handle)
         nursery.start_soon(listen_for_the_end)
-        with contextlib.suppress(trio.BrokenResourceError):
+        with contextlib.suppress(*BROKEN):
             async for frame in frames_to_send:
                 await stream.send_all(frame)
         nursery.cancel_scope.cancel()

@@ -45,7 +45,7 @@ def unpack(body: bytes) -> dict[str, Any]:
     """
     try:
         message = msgpack.unpackb(body, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise Unavailable(f"a frame that is not msgpack: {error}") from error
     if not isinstance(message, dict):
         raise Unavailable("a frame that holds no map")

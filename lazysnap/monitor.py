@@ -129,20 +129,21 @@ async def serve(
     clients = trio.CapacityLimiter(_MOST_CLIENTS)
 
     async def client(stream: trio.SocketStream) -> None:
-        async with stream:
-            try:
-                clients.acquire_nowait()
-            except trio.WouldBlock:
-                return
-            try:
+        try:
+            clients.acquire_nowait()
+        except trio.WouldBlock:
+            await trio.aclose_forcefully(stream)
+            return
+        try:
+            async with stream:
                 with trio.move_on_after(_IDLE_SECONDS) as patience:
                     await _converse(stream, text, patience)
-            except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
-                _log.debug("scrape broken off", error=error)
-            except Exception:  # an edge: a bad scrape must not end the daemon
-                _log.exception("scrape failed")
-            finally:
-                clients.release()
+        except (*channel.BROKEN, h11.RemoteProtocolError) as error:
+            _log.debug("scrape broken off", error=error)
+        except Exception:  # an edge: a bad scrape must not end the daemon
+            _log.exception("scrape failed")
+        finally:
+            clients.release()
 
     try:
         _log.info("serving metrics", address=address)

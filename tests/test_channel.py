@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from lazysnap import channel, frames
 from lazysnap.errors import InvalidArgument, LazysnapError, NotFound, NotLazy, Unavailable
@@ -145,3 +150,92 @@ async def test_hanging_up_cancels_a_call_that_tells(tmp_path: Path, nursery: tri
         assert not ended.is_set()
     with trio.fail_after(60):
         await ended.wait()
+
+
+# Sockets that fail, in each call to the kernel and each time that it is called.
+
+
+class _Failing:
+    """Lets one of our calls to the kernel fail; see `failing`."""
+
+    def __init__(self, name: str, code: int, number: int) -> None:
+        self.name = name
+        self.hit = False
+        self._error = OSError(code, "injected")
+        self._left = number
+        self._proper = getattr(trio.socket.SocketType.__subclasses__()[0], name)
+
+    async def waiting(self, sock: Any, *arguments: Any) -> Any:
+        self._count(sock)
+        return await self._proper(sock, *arguments)
+
+    def at_once(self, sock: Any) -> None:
+        was_open = sock.fileno() >= 0
+        self._proper(sock)
+        if was_open:  # the kernel is asked only once
+            self._count(sock)
+
+    def _count(self, sock: Any) -> None:
+        if sock.family == socket.AF_UNIX:
+            self._left -= 1
+            if self._left == 0:
+                self.hit = True
+                raise self._error
+
+
+@pytest.fixture(params=["ECONNRESET", "ECONNABORTED", "EPIPE", "EBADF", "ENOTCONN", "ENOBUFS"])
+def code(request: pytest.FixtureRequest) -> int:
+    found: int = getattr(errno, request.param)
+    return found
+
+
+@pytest.fixture(params=["connect", "send", "recv", "close"])
+def failing(
+    request: pytest.FixtureRequest, code: int, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], _Failing]:
+    """Makes the n-th use of something fail from now on."""
+
+    def begin(number: int) -> _Failing:
+        it = _Failing(request.param, code, number)
+        kind = trio.socket.SocketType.__subclasses__()[0]
+        how = it.at_once if it.name == "close" else it.waiting
+        monkeypatch.setattr(kind, it.name, lambda sock, *arguments: how(sock, *arguments))
+        return it
+
+    return begin
+
+
+@pytest.mark.parametrize("name", ["add", "tell"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+async def test_a_socket_that_fails_is_unavailable_and_ends_only_its_call(
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    failing: Callable[[int], _Failing],
+    name: str,
+    number: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def add() -> int:
+        return 3
+
+    async def tell(say: channel.Tell) -> int:
+        say({"x": 1})
+        return 3
+
+    path = str(tmp_path / "s")
+    await nursery.start(partial(channel.serve, path, {"add": add}, telling={"tell": tell}))
+    failing(number)
+    with trio.fail_after(60), contextlib.suppress(Unavailable):
+        answer = await channel.call(path, name, timeout=50)
+        assert answer == (3 if name == "add" else None)
+    await trio.testing.wait_all_tasks_blocked()
+    monkeypatch.undo()
+    assert await channel.call(path, "add", timeout=60) == 3
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == []
+
+
+def test_frames_that_are_none_of_ours() -> None:
+    for body in (b"\x81\x90\x01", b"\x81\x80\x01", b"\x91" * 5000, b"\xc1", b"\x90", b""):
+        with pytest.raises(Unavailable):
+            frames.unpack(body)
