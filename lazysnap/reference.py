@@ -13,6 +13,7 @@ An image in an OCI layout on this machine has a reference, too: `oci:/DIRECTORY[
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ def _split(text: str, name: str) -> tuple[str, str]:
     if host in ("index.docker.io", "registry-1.docker.io"):
         host = DOCKER_HUB
     match = _HOST.fullmatch(host)
-    if match is None or int(match["port"] or 1) not in range(1, 65536):
+    if match is None or int(match["port"] or 1) not in range(1, 65536) or not _is_six(match["six"]):
         raise _invalid(text, "its host is malformed")
     if repository.lower() != repository:
         raise _invalid(text, "its repository must be lower case")
@@ -160,6 +161,14 @@ def _split(text: str, name: str) -> tuple[str, str]:
     if len(host) + 1 + len(repository) > _NAME_LIMIT:
         raise _invalid(text, "its name has more than 255 characters")
     return host, repository
+
+
+def _is_six(address: str | None) -> bool:
+    """Whether what is between brackets is an address, if there is anything."""
+    try:
+        return address is None or bool(ipaddress.IPv6Address(address))
+    except ValueError:
+        return False
 
 
 def _digest(text: str, digest: str) -> Digest:

@@ -191,7 +191,10 @@ class DockerConfig:
     def _from_environment(self) -> _Config:
         text = self._environ.get("DOCKER_AUTH_CONFIG", "")
         if text != self._inline[0]:
-            self._inline = (text, _decode(text.encode(), "DOCKER_AUTH_CONFIG"))
+            self._inline = (
+                text,
+                _decode(text.encode(errors="surrogateescape"), "DOCKER_AUTH_CONFIG"),
+            )
         return self._inline[1]
 
     def _from_file(self) -> _Config:
@@ -236,7 +239,7 @@ class DockerConfig:
             return None
         try:
             answer = msgspec.json.decode(output, type=_HelperAnswer)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             _log.warning("credential helper answers no JSON", program=program, host=host)
             return None
         if answer.username == _TOKEN_USER:

@@ -4,6 +4,7 @@
 - `pool`: which connection a request gets, and who waits.
 - `connection`: one request and its answer.
 - `proxies`: through which proxy a request goes.
+- `urls`: reads URLs that somebody else wrote.
 
 Knows nothing of registries.
 """

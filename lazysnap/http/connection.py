@@ -108,7 +108,8 @@ class Connection:
                 )
                 await stream.do_handshake()
                 return stream
-            except (trio.BrokenResourceError, OSError) as error:
+            except (trio.BrokenResourceError, OSError, ValueError) as error:
+                # ValueError is of resolvers, for names that can be none.
                 raise httpcore.ConnectError(error) from error
         raise httpcore.ConnectTimeout
 
@@ -178,7 +179,12 @@ class _Exchange:
         return event
 
     async def receive_event(self) -> h11.Event | type[h11.PAUSED]:
-        """What h11 makes of the next bytes."""
+        """What h11 makes of the next bytes.
+
+        Once some have come, the rest of what they belong to has the time of one more wait: a server that
+        sends a byte now and then must not be waited for.
+        """
+        deadline = float("inf")
         while True:
             try:
                 event = self._h11.next_event()
@@ -186,14 +192,15 @@ class _Exchange:
                 raise httpcore.RemoteProtocolError(str(error)) from error
             if event is not h11.NEED_DATA:
                 return event  # type: ignore[return-value]  # h11's types know no `is not`
-            data = await self.receive(_HEAD_READ)
+            data = await self.receive(_HEAD_READ, deadline)
+            deadline = min(deadline, trio.current_time() + self._read_timeout)
             if not data and self._h11.their_state is h11.SEND_RESPONSE:
                 raise httpcore.RemoteProtocolError("the server disconnected without an answer")
             self._h11.receive_data(data)
 
-    async def receive(self, most: int) -> bytes:
+    async def receive(self, most: int, deadline: float = float("inf")) -> bytes:
         """What the socket has, without h11; nothing at the end of the connection."""
-        with trio.move_on_after(self._read_timeout):
+        with trio.move_on_at(min(deadline, trio.current_time() + self._read_timeout)):
             try:
                 return bytes(await self._stream.receive_some(most))
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

@@ -15,14 +15,15 @@ import base64
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import msgspec
 import trio
 
 from lazysnap import log
 from lazysnap.credentials.docker_config import Credential, CredentialSource
-from lazysnap.errors import LazysnapError, Unauthorized
+from lazysnap.errors import LazysnapError, RegistryError, Unauthorized
+from lazysnap.http.urls import parse_url
 from lazysnap.metrics import families
 from lazysnap.metrics.counts import counts
 from lazysnap.registry.hosts import Endpoint
@@ -224,18 +225,20 @@ class _TokenRequest:
         return f"Bearer {token}", lifetime - min(30.0, lifetime * 0.2)
 
     def _realm(self) -> str:
-        """The token server's URL, if it may be told secrets."""
-        realm = self.challenge.parameters.get("realm", "")
-        scheme = urlsplit(realm).scheme
-        if scheme not in ("http", "https"):
+        """The token server's URL, if it may be told secrets and believed."""
+        try:
+            realm = parse_url(self.challenge.parameters.get("realm", ""))
+        except RegistryError as error:
             raise Unauthorized(
-                f"{self.endpoint.host} names no usable token server: {realm[:200]!r}"
-            )
-        if scheme == "http" and self.endpoint.base_url.startswith("https") and self.credential:
+                f"{self.endpoint.host} names no usable token server: {error}"
+            ) from None
+        if not realm.is_secure and self.endpoint.base_url.startswith("https:"):
+            what = "its password sent to" if self.credential else "a token to be fetched from"
             raise Unauthorized(
-                f"{self.endpoint.host} wants its password sent to {realm[:200]} without TLS"
+                f"{self.endpoint.host} wants {what} {realm.text[:200]} without TLS",
+                hint="a registry behind a TLS proxy must know its public URL (X-Forwarded-Proto)",
             )
-        return realm
+        return realm.text
 
     def _scopes(self) -> list[str]:
         """Ours and those of the challenge, sorted, each once."""
@@ -292,7 +295,7 @@ class _TokenRequest:
 
     async def _body(self, answer: Answer, realm: str) -> bytes:
         if 200 <= answer.status < 300:
-            return await answer.read(_ANSWER_LIMIT)
+            return await answer.read(_ANSWER_LIMIT, deadline=self.backoff.deadline)
         retry_after = parse_retry_after(answer.headers.get("retry-after"))
         status = answer.status
         await answer.drain()

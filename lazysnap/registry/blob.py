@@ -63,10 +63,18 @@ class RemoteBlob:
         reference: any reference of the repository that holds it.
         digest: its digest.
         size: in bytes, if a manifest has told it.
+        hurried, checked: as for `Registry.blob`.
     """
 
     def __init__(
-        self, exchange: Exchange, reference: Reference, digest: Digest, size: int | None
+        self,
+        exchange: Exchange,
+        reference: Reference,
+        digest: Digest,
+        size: int | None,
+        *,
+        hurried: bool = False,
+        checked: bool = True,
     ) -> None:
         self.reference = reference
         self.digest = digest
@@ -74,7 +82,14 @@ class RemoteBlob:
         self._size = size
         self._target: Target | None = None
         self._last_success: float | None = None
-        self._call = Call(reference, f"blobs/{digest}", f"blob {digest}", accept=_RANGE_STATUSES)
+        self._hurried = hurried
+        self._call = Call(
+            reference,
+            f"blobs/{digest}",
+            f"blob {digest}",
+            accept=_RANGE_STATUSES,
+            checked=checked,
+        )
 
     @property
     def size(self) -> int | None:
@@ -152,7 +167,9 @@ class RemoteBlob:
     def backoff(self, seconds: float | None = None) -> Backoff:
         """The patience for one operation on this blob."""
         what = f"blob {self.digest} of {self.reference.host}/{self.reference.repository}"
-        return self._exchange.backoff(what, seconds)
+        return self._exchange.backoff(
+            what, seconds, reference=self.reference, hurried=self._hurried
+        )
 
     def note_success(self) -> None:
         """Remember that the registry works."""
@@ -232,7 +249,9 @@ class RemoteBlob:
             answer = await self.request(f"bytes=-{length}", backoff, _SUFFIX_STATUSES)
             try:
                 async with answer:
-                    return await self._take_tail(answer, length)
+                    found = await self._take_tail(answer, length)
+                backoff.works()
+                return found
             except Fault as fault:
                 self.forget_target(answer.url)
                 await backoff.pause(fault)
@@ -299,7 +318,9 @@ class RemoteBlob:
         """
         encoding = answer.headers.get("content-encoding", "identity").lower()
         if encoding not in ("", "identity"):
-            raise RegistryError(f"{answer.url_host} sends {self._name} encoded as {encoding[:40]}")
+            raise RegistryError(
+                f"{answer.url_host} sends {self._name} encoded as {encoding[:40]!r}"
+            )
         if size is None:
             return
         if self._size is not None and self._size != size:

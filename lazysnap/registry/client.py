@@ -28,6 +28,7 @@ from lazysnap.registry.exchange import Call, Exchange
 from lazysnap.registry.hosts import PULL, RESOLVE, HostTable, RegistrySettings
 from lazysnap.registry.image import Image, Resolved, assemble
 from lazysnap.registry.local import Layout, LocalBlob
+from lazysnap.registry.retry import document_seconds, time_limit
 from lazysnap.registry.statistics import Statistics
 from lazysnap.registry.transport import Answer, Transport
 
@@ -124,6 +125,7 @@ class Registry:
 
         Connections that are open keep theirs, and so do the limits on their number.
         """
+        self.exchange.outages.forget()  # with other settings it may work
         self._hosts.settings = settings
         self._transport.settings = settings
         self.exchange.settings = settings
@@ -141,13 +143,14 @@ class Registry:
         return self._tag_locks.setdefault(reference.name, trio.Lock())
 
     async def manifest(
-        self, reference: Reference, digest: Digest | None = None
+        self, reference: Reference, digest: Digest | None = None, *, hurried: bool = False
     ) -> tuple[oci.Descriptor, bytes]:
         """A manifest or index.
 
         Args:
             reference: by its digest, or its tag when it has none.
             digest: asked for instead, from the same repository.
+            hurried: as for `blob`.
 
         Raises:
             RegistryNotFound: the registry does not have it.
@@ -166,13 +169,16 @@ class Registry:
             what,
             headers={"Accept": ANY_DOCUMENT},
             capability=PULL if digest else RESOLVE,
+            checked=digest is not None,
         )
-        answer, data = await self.exchange.fetch(call, oci.MAX_DOCUMENT)
+        answer, data = await self.exchange.fetch(call, oci.MAX_DOCUMENT, hurried=hurried)
         if digest is not None:
             digest.verify(data, what)
         return self._describe(answer, data, digest, what), data
 
-    async def image_manifest(self, reference: Reference, digest: Digest) -> oci.Manifest:
+    async def image_manifest(
+        self, reference: Reference, digest: Digest, *, hurried: bool = False
+    ) -> oci.Manifest:
         """The manifest of an image for one platform, which is asked for again and again.
 
         Each is fetched once, however many ask for it, and those fetched last are remembered.
@@ -180,6 +186,7 @@ class Registry:
         Args:
             reference: any reference of its repository.
             digest: of the manifest.
+            hurried: as for `blob`.
 
         Raises:
             FormatError: it is malformed, or an index.
@@ -188,7 +195,7 @@ class Registry:
         async with self._manifest_locks.setdefault(digest, trio.Lock()):
             found = self._manifests.get(digest)
             if found is None:
-                _, data = await self.manifest(reference, digest)
+                _, data = await self.manifest(reference, digest, hurried=hurried)
                 found = oci.parse_manifest(data)
                 if len(self._manifests) >= _MANIFESTS:
                     del self._manifests[next(iter(self._manifests))]
@@ -241,14 +248,23 @@ class Registry:
                 f" more than {limit}"
             )
         data = bytearray()
-        async with self.stream_blob(reference, descriptor.digest, descriptor.size) as stream:
-            async for chunk in stream:
-                data += chunk
-        descriptor.digest.verify(data, f"blob of {reference.host}/{reference.repository}")
+        what = f"blob of {reference.host}/{reference.repository}"
+        seconds = document_seconds(self.exchange.settings.retry_seconds, descriptor.size)
+        with time_limit(what, seconds):
+            async with self.stream_blob(reference, descriptor.digest, descriptor.size) as stream:
+                async for chunk in stream:
+                    data += chunk
+        descriptor.digest.verify(data, what)
         return bytes(data)
 
     def stream_blob(
-        self, reference: Reference, digest: Digest, size: int, start: int = 0
+        self,
+        reference: Reference,
+        digest: Digest,
+        size: int,
+        start: int = 0,
+        *,
+        hurried: bool = False,
     ) -> Stream:
         """All bytes of a blob from offset `start`; what is received is not checked.
 
@@ -258,19 +274,46 @@ class Registry:
         Returns:
             An async context manager that is its own async iterator of bytes.
         """
-        return self.blob(reference, digest, size).whole_stream(start)
+        return self.blob(reference, digest, size, hurried=hurried).whole_stream(start)
 
-    def blob(self, reference: Reference, digest: Digest, size: int | None = None) -> Blob:
+    def blob(
+        self,
+        reference: Reference,
+        digest: Digest,
+        size: int | None = None,
+        *,
+        hurried: bool = False,
+        checked: bool = True,
+    ) -> Blob:
         """A blob to be read in parts, wherever its image is.
 
         Keep it, as it remembers where it is served from.
+
+        Args:
+            reference: any reference of its repository.
+            digest: of the blob.
+            size: in bytes, if it is known.
+            hurried: whoever reads it has something else to do if that fails: it fails soon if nothing
+                comes, and at once if the registry has just failed for others.
+            checked: whatever is read is checked against digests, so that it may come without TLS.
 
         Raises:
             InvalidArgument: the image is local, and the settings do not allow that.
         """
         if reference.is_local:
             return LocalBlob(self._layout(reference), digest, size)
-        return RemoteBlob(self.exchange, reference, digest, size)
+        return RemoteBlob(self.exchange, reference, digest, size, hurried=hurried, checked=checked)
+
+    def note_failure(self, reference: Reference, cause: str) -> None:
+        """Note that a registry is too slow, so that hurried operations do not try it again for a while.
+
+        Args:
+            reference: of the repository.
+            cause: what happened, for people.
+        """
+        if not reference.is_local:
+            now = trio.current_time()
+            self.exchange.outlook(reference).gave_up(now, cause, unreachable="")
 
     def _layout(self, reference: Reference) -> Layout:
         if not self.exchange.settings.local_layouts:

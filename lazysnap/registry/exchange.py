@@ -6,19 +6,21 @@ errors, and repeats what another attempt may cure. Does not look at bodies: a bo
 the business of whoever reads it.
 
 Authorization and an endpoint's own headers are sent to the origin of that endpoint only, and never
-again once a redirect has led away from it.
+again once a redirect has led away from it. A redirect from TLS to plain HTTP is followed only for what is
+checked against a digest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
 import msgspec
+import trio
 
 from lazysnap.errors import LazysnapError, RegistryError, RegistryNotFound, Unauthorized
-from lazysnap.http import PORTS
+from lazysnap.http.urls import join_url, parse_url
 from lazysnap.reference import Reference
 from lazysnap.registry.auth import TRANSIENT, Authenticator
 from lazysnap.registry.hosts import (
@@ -29,12 +31,20 @@ from lazysnap.registry.hosts import (
     RegistrySettings,
     TLSOptions,
 )
-from lazysnap.registry.retry import Backoff, Fault, parse_retry_after
+from lazysnap.registry.outages import Outages, Outlook
+from lazysnap.registry.retry import (
+    Backoff,
+    Fault,
+    document_seconds,
+    parse_retry_after,
+    time_limit,
+)
 from lazysnap.registry.transport import Answer, Transport
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 10
 _EXCERPT = 4096
+_EXCERPT_SECONDS = 2.0
 _PART_UNKNOWN = "MANIFEST_BLOB_UNKNOWN"
 PART_UNKNOWN = "part-unknown"
 """Reason of an error: the registry says that it lacks something that a manifest names."""
@@ -55,6 +65,7 @@ class Call:
             endpoint is asked, so that all that belongs together goes to one place.
         method: of HTTP.
         content: body to send.
+        checked: what comes is checked against a digest, so that it does not matter who sends it.
     """
 
     reference: Reference
@@ -65,6 +76,7 @@ class Call:
     capability: str = PULL
     method: str = "GET"
     content: bytes | None = None
+    checked: bool = False
 
     @property
     def scope(self) -> str:
@@ -98,11 +110,42 @@ class Exchange:
     transport: Transport
     authenticator: Authenticator
     hosts: HostTable
+    outages: Outages = field(default_factory=Outages)
 
-    def backoff(self, what: str, seconds: float | None = None) -> Backoff:
-        """The patience for one operation; `seconds` overrides the settings."""
-        patience = self.settings.retry_seconds if seconds is None else seconds
-        return Backoff(what, patience, self.settings.retry_after_seconds)
+    def backoff(
+        self,
+        what: str,
+        seconds: float | None = None,
+        *,
+        reference: Reference | None = None,
+        hurried: bool = False,
+    ) -> Backoff:
+        """The patience for one operation.
+
+        Args:
+            what: its object and host, for errors.
+            seconds: overrides the settings.
+            reference: of the repository that is asked, if others are to know whether it works.
+            hurried: somebody waits who has something else to do if it fails, so it has less patience
+                until something arrives.
+
+        Raises:
+            RegistryUnreachable: it is hurried, and the repository has just failed.
+        """
+        settings = self.settings
+        outlook = None if reference is None else self.outlook(reference)
+        patience = later = settings.retry_seconds if seconds is None else seconds
+        if hurried:
+            patience = min(patience, settings.open_retry_seconds)
+            if outlook is not None:
+                outlook.check(what)
+        return Backoff(what, patience, settings.retry_after_seconds, outlook, later=later)
+
+    def outlook(self, reference: Reference) -> Outlook:
+        """What is known of the server of a repository."""
+        endpoint = self.hosts.endpoints(reference.host)[-1]
+        server = endpoint.base_url.partition("://")[2].partition("/")[0]
+        return self.outages.outlook(server, f"{reference.host}/{reference.repository}")
 
     async def open(self, call: Call, backoff: Backoff) -> tuple[Answer, Target | None]:
         """Send a call until an answer with an accepted status comes.
@@ -135,6 +178,7 @@ class Exchange:
         for endpoint in self._endpoints(call):
             try:
                 answer, target = await self._attempt(call, endpoint, backoff)
+                backoff.reached()
                 return await self.judge(call, answer), target
             except Fault as error:
                 fault = error
@@ -145,12 +189,13 @@ class Exchange:
         assert refusal is not None
         raise refusal
 
-    async def fetch(self, call: Call, limit: int) -> tuple[Answer, bytes]:
+    async def fetch(self, call: Call, limit: int, *, hurried: bool = False) -> tuple[Answer, bytes]:
         """Send a call and read the body of its answer, again if it breaks.
 
         Args:
             call: what to ask.
             limit: most bytes to hold.
+            hurried: as for `backoff`.
 
         Returns:
             The answer, closed, and its body.
@@ -158,14 +203,19 @@ class Exchange:
         Raises:
             RegistryError: or one of its kinds; also when the body is longer than `limit`.
         """
-        backoff = self.backoff(f"{call.what} of {call.reference.host}")
-        while True:
-            answer, _ = await self.open(call, backoff)
-            try:
-                async with answer:
-                    return answer, await answer.read(limit)
-            except Fault as fault:
-                await backoff.pause(fault)
+        what = f"{call.what} of {call.reference.host}"
+        backoff = self.backoff(what, reference=call.reference, hurried=hurried)
+        with time_limit(what, document_seconds(self.settings.retry_seconds, limit)):
+            while True:
+                answer, _ = await self.open(call, backoff)
+                try:
+                    async with answer:
+                        data = await answer.read(limit)
+                except Fault as fault:
+                    await backoff.pause(fault)
+                else:
+                    backoff.works()
+                    return answer, data
 
     async def direct(self, call: Call, target: Target, backoff: Backoff) -> Answer:
         """Send a call to where an earlier one was redirected, without authorization.
@@ -279,43 +329,42 @@ def _location(call: Call, answer: Answer, hops: int) -> str:
     if hops > _MOST_REDIRECTS:
         raise RegistryError(f"more than {_MOST_REDIRECTS} redirects for {call.what}")
     location = answer.headers.get("location", "")
-    return resolve(call.what, answer, location, secret=call.content is not None)
+    secure = call.content is not None or not call.checked
+    return resolve(call.what, answer, location, secure=secure)
 
 
-def resolve(what: str, answer: Answer, location: str, *, secret: bool) -> str:
+def resolve(what: str, answer: Answer, location: str, *, secure: bool) -> str:
     """A place that an answer names, as an absolute URL.
 
     Args:
         what: how an error names the operation.
         answer: what names it.
         location: as in its header: absolute, or relative to where the answer came from.
-        secret: something will be sent there, which needs TLS if the answer came with it.
+        secure: it needs TLS if the answer came with it: something will be sent there, or what comes from
+            there will be believed.
 
     Raises:
         RegistryError: there is none, or it cannot be used.
     """
     try:
-        if not location:
-            raise ValueError("no Location")
-        joined: str = urljoin(answer.url, location)
-    except ValueError as error:
+        found = join_url(answer.url, location)
+    except RegistryError as error:
         raise RegistryError(f"unusable redirect for {what}: {error}") from None
-    if secret and answer.url.startswith("https:") and not joined.startswith("https:"):
+    if secure and parse_url(answer.url).is_secure and not found.is_secure:
         raise RegistryError(
-            f"{answer.url_host} wants {what} sent without TLS, to {joined[:200]!r}",
+            f"{answer.url_host} wants {what} to go on without TLS, at {found.text[:200]!r}",
             hint="a registry behind a TLS proxy must know its public URL (X-Forwarded-Proto)",
         )
-    return joined
+    return found.text
 
 
-def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what decides whether secrets may be sent along."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or PORTS.get(parts.scheme)
-        return parts.scheme, parts.hostname, port
-    except ValueError:
-        return "", url, None
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: what decides whether secrets may be sent along.
+
+    Raises:
+        RegistryError: the URL cannot be asked.
+    """
+    return parse_url(url).origin
 
 
 def _away(tls: TLSOptions) -> TLSOptions:
@@ -327,7 +376,9 @@ async def _excerpt(answer: Answer) -> str:
     """What an error's body says, cut short, and close the answer."""
     async with answer:
         try:
-            found = msgspec.json.decode(await answer.read(_EXCERPT), type=_Errors).errors
+            deadline = trio.current_time() + _EXCERPT_SECONDS
+            data = await answer.read(_EXCERPT, deadline=deadline)
+            found = msgspec.json.decode(data, type=_Errors).errors
         except (Fault, RegistryError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return ""
     text = "; ".join(f"{e.code} {e.message}".strip() for e in found[:3])

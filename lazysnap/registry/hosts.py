@@ -87,7 +87,12 @@ class RegistrySettings:
         plain_http_hosts: hosts (with port, if any) that are spoken to without TLS.
         retry_seconds: how long one operation keeps trying without getting anywhere.
         connect_seconds: longest wait for a connection and its TLS handshake.
-        stall_seconds: longest wait for the next bytes of an answer.
+        stall_seconds: longest wait for the next bytes of an answer, and the time in which the least rate
+            is looked at.
+        least_bytes_per_second: an answer that arrives more slowly is given up, as if it stood still.
+        open_seconds: how long the opening of a layer may wait for its registry, in all.
+        open_retry_seconds: how long that, or a download that the client can do itself, keeps trying until
+            something arrives.
         retry_after_seconds: longest Retry-After of a server that is honoured.
         max_connections: open connections per TLS setting, over all hosts.
         keep_alive_seconds: how long an unused connection is kept.
@@ -100,6 +105,9 @@ class RegistrySettings:
     retry_seconds: float = 30.0
     connect_seconds: float = 5.0
     stall_seconds: float = 10.0
+    least_bytes_per_second: int = 512
+    open_seconds: float = 15.0
+    open_retry_seconds: float = 5.0
     retry_after_seconds: float = 10.0
     max_connections: int = 128
     keep_alive_seconds: float = 30.0

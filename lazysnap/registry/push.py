@@ -126,6 +126,7 @@ async def _has_blob(
         accept=_PERHAPS_MISSING | {200},
         capability=PUSH,
         method="HEAD",
+        checked=True,  # by the push of the manifest, to which a lie would not help
     )
     answer, _ = await exchange.once(call, backoff)
     await answer.drain()
@@ -150,7 +151,7 @@ async def _upload(
     await answer.drain()
     # The query that is there already holds the server's state and must stay as it is.
     location = answer.headers.get("location", "")
-    url = urldefrag(resolve(what, answer, location, secret=True)).url
+    url = urldefrag(resolve(what, answer, location, secure=True)).url
     url += f"{'&' if '?' in url else '?'}digest={quote(digest, safe='')}"
     finish = Call(
         reference,

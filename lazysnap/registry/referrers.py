@@ -41,6 +41,7 @@ from lazysnap.registry.client import ANY_DOCUMENT, Registry
 from lazysnap.registry.exchange import Call, origin, resolve
 from lazysnap.registry.hosts import PUSH, RESOLVE
 from lazysnap.registry.push import CREATED, push_blob, push_manifest
+from lazysnap.registry.retry import document_seconds, time_limit
 
 EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 """Media type of `{}`, the configuration of what needs none (OCI image-spec 1.1, manifest.md)."""
@@ -140,7 +141,11 @@ async def find_referrers(
         FormatError: the registry's list is malformed.
         RegistryError: or one of its kinds; also when the list is too long.
     """
-    found = await _listed_by_api(registry, reference, digest, artifact_type)
+    patience = registry.exchange.settings.retry_seconds
+    with time_limit(
+        f"the referrers of {digest}", document_seconds(patience, oci.MAX_DOCUMENT)
+    ):  # all pages together
+        found = await _listed_by_api(registry, reference, digest, artifact_type)
     if found is None:
         tagged = reference.with_tag(fallback_tag(digest))
         listing = await _read_listing(registry, tagged, RESOLVE)
@@ -222,7 +227,7 @@ async def _listed_by_api(
         match = _NEXT.search(answer.headers.get("link", "")[:_LINK_LIMIT])
         if match is None:
             return found
-        following = resolve(call.what, answer, match[1], secret=False)
+        following = resolve(call.what, answer, match[1], secure=True)
         if origin(following) != origin(answer.url):
             raise RegistryError(f"{answer.url_host} continues {call.what} on another server")
         call = replace(call, path=following)
@@ -309,7 +314,10 @@ def _with_entry(listing: _Listing | None, descriptor: oci.Descriptor) -> bytes:
     """The index with one more entry; what others have put into it stays as it is."""
     index: dict[str, Any] = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": []}
     if listing is not None:
-        index |= msgspec.json.decode(listing.data)
+        try:
+            index |= msgspec.json.decode(listing.data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise FormatError(f"the list of referrers is malformed: {error}") from None
         index["mediaType"] = oci.OCI_INDEX
     index["manifests"] = [*(index["manifests"] or ()), descriptor]
     return _encode(index)

@@ -12,14 +12,20 @@ from __future__ import annotations
 import email.utils
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
 from lazysnap.errors import RegistryUnreachable
+from lazysnap.registry.outages import Outlook
 
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 5.0
 _PROGRESS = 64 << 10
+_DATE_MOST = 64
+_DOCUMENT_RATE = 64 << 10
+_CHECK = "check that the registry is up and can be reached from this machine"
 
 
 class Fault(Exception):
@@ -29,15 +35,22 @@ class Fault(Exception):
         cause: what happened, for people.
         retry_after: seconds the server asked us to wait.
         cut_short: there was too little time left for an answer, which explains nothing.
+        unreachable: host and port of the server, if there is no connection to it; otherwise empty.
     """
 
     def __init__(
-        self, cause: str, retry_after: float | None = None, *, cut_short: bool = False
+        self,
+        cause: str,
+        retry_after: float | None = None,
+        *,
+        cut_short: bool = False,
+        unreachable: str = "",
     ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.retry_after = retry_after
         self.cut_short = cut_short
+        self.unreachable = unreachable
 
 
 class Backoff:
@@ -47,12 +60,23 @@ class Backoff:
         what: the operation's object and host, for the error message.
         seconds: time without progress after which it fails.
         longest_retry_after: upper limit for what a server can ask for, in seconds.
+        outlook: what other operations know of the server, and are told.
+        later: seconds that count in place of `seconds` once something has arrived.
     """
 
-    def __init__(self, what: str, seconds: float, longest_retry_after: float) -> None:
+    def __init__(
+        self,
+        what: str,
+        seconds: float,
+        longest_retry_after: float,
+        outlook: Outlook | None = None,
+        *,
+        later: float | None = None,
+    ) -> None:
         self.what = what
         self.retries = 0
         self._seconds = seconds
+        self._later = seconds if later is None else later
         self._longest_retry_after = longest_retry_after
         self._wait = _FIRST_WAIT
         self._received = 0
@@ -60,6 +84,7 @@ class Backoff:
         self._last: Fault | None = None
         self._repeating = False
         self._held: float | None = None
+        self._outlook = outlook
 
     @property
     def deadline(self) -> float:
@@ -72,7 +97,19 @@ class Backoff:
         if self._received >= _PROGRESS:
             self._received = 0
             self._wait = _FIRST_WAIT
+            self._seconds = self._later
             self._deadline = trio.current_time() + self._seconds
+            self.works()
+
+    def reached(self) -> None:
+        """Note that the server has answered something."""
+        if self._outlook is not None:
+            self._outlook.reached()
+
+    def works(self) -> None:
+        """Note that the server gives what it is asked for."""
+        if self._outlook is not None:
+            self._outlook.works()
 
     def hold(self) -> None:
         """Stop the clock, while it is others who take their time."""
@@ -93,7 +130,8 @@ class Backoff:
         """Wait before the next attempt.
 
         Raises:
-            RegistryUnreachable: the wait would not end in time.
+            RegistryUnreachable: the wait would not end in time, or the server has already failed for as
+                long as this operation would wait.
         """
         if self._last is None or not fault.cut_short:
             self._last = fault
@@ -103,19 +141,63 @@ class Backoff:
             # Also if it is 0, as some servers always say: who obeys them floods them.
             seconds = self._wait * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, no secret
             self._wait = min(self._wait * 2, _LONGEST_WAIT)
+        outlook = self._outlook
+        failing = outlook.failing_seconds() if outlook is not None else 0.0
+        if failing >= self._seconds:
+            self._give_up(fault)
+            raise RegistryUnreachable(
+                f"{self.what}: {fault.cause}; it has failed for {failing:.0f} s", hint=_CHECK
+            ) from fault
         if trio.current_time() + seconds >= self._deadline:
+            self._give_up(fault)
             raise self.exhausted() from fault
         self.retries += 1
         self._repeating = True
         await trio.sleep(seconds)
+
+    def _give_up(self, fault: Fault) -> None:
+        if self._outlook is not None:
+            # Who gives up because the next wait would be too long has been as patient as it can.
+            since = min(self._deadline, trio.current_time()) - self._seconds
+            self._outlook.gave_up(since, fault.cause, fault.unreachable)
 
     def exhausted(self) -> RegistryUnreachable:
         """The error for an operation that used up its time."""
         cause = self._last.cause if self._last else "no answer"
         return RegistryUnreachable(
             f"{self.what}: gave up after {self._seconds:g} s and {self.retries} retries: {cause}",
-            hint="check that the registry is up and can be reached from this machine",
+            hint=_CHECK,
         )
+
+
+@contextmanager
+def time_limit(what: str, seconds: float) -> Iterator[None]:
+    """Let the body of a `with` run for so many seconds.
+
+    Args:
+        what: the operation, for the error.
+        seconds: from now on, all attempts and waits included.
+
+    Raises:
+        RegistryUnreachable: it did not end in time.
+    """
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise RegistryUnreachable(
+            f"{what}: gave up after {seconds:g} s, as it arrives too slowly", hint=_CHECK
+        ) from None
+
+
+def document_seconds(patience: float, size: int) -> float:
+    """How long it may take to receive a document, all attempts included.
+
+    Args:
+        patience: how long an operation keeps trying without getting anywhere, in seconds.
+        size: most bytes that it can have.
+    """
+    return patience + size / _DOCUMENT_RATE
 
 
 def parse_retry_after(value: str | None) -> float | None:
@@ -123,9 +205,11 @@ def parse_retry_after(value: str | None) -> float | None:
     if not value:
         return None
     value = value.strip()
+    if len(value) > _DATE_MOST:
+        return None
     if value.isascii() and value.isdecimal() and len(value) < 10:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None

@@ -99,6 +99,7 @@ class RangeReader:
                 self._backoff.hold()
                 return chunk
         await self._close()
+        self._backoff.works()
         raise StopAsyncIteration
 
     async def _receive(self) -> bytes:

@@ -18,9 +18,8 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
-from urllib.parse import urlsplit
 
 import httpcore
 import httpx
@@ -30,13 +29,20 @@ from lazysnap import __version__
 from lazysnap.errors import RegistryError
 from lazysnap.http.pool import PoolTransport, UploadBody
 from lazysnap.http.proxies import Proxies
+from lazysnap.http.urls import Url, parse_url
 from lazysnap.registry.hosts import RegistrySettings, TLSOptions
 from lazysnap.registry.retry import Fault
 from lazysnap.registry.statistics import HostStatistics, Statistics
 
-_URL_LIMIT = 16 << 10
 _BROKEN = (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError)
 _TIMEOUT = (httpx.TimeoutException, httpcore.TimeoutException)
+_UNCONNECTED = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpcore.ConnectError,
+    httpcore.ConnectTimeout,
+)
+_DRAIN_SECONDS = 1.0
 _HEADERS = {
     b"accept": (b"Accept", b"*/*"),
     b"connection": (b"Connection", b"keep-alive"),
@@ -52,6 +58,37 @@ class _Counter:
     retries: int = 0
 
 
+class _Pace:
+    """Whether a body arrives fast enough: a least number of bytes in each window of time.
+
+    Only the time counts in which somebody waits for bytes.
+
+    Args:
+        seconds: length of a window.
+        rate: least bytes per second.
+    """
+
+    def __init__(self, seconds: float, rate: float) -> None:
+        self._seconds = seconds
+        self._needed = rate * seconds
+        self._waited = 0.0
+        self._received = 0
+
+    @property
+    def left(self) -> float:
+        """For how many seconds the next bytes may be waited for."""
+        if self._received >= self._needed:
+            return float("inf")  # there is the limit of a single wait, too
+        return max(self._seconds - self._waited, 0.0)
+
+    def note(self, waited: float, received: int) -> None:
+        """Bytes have come after so many seconds."""
+        self._waited += waited
+        self._received += received
+        if self._waited >= self._seconds and self._received >= self._needed:
+            self._waited, self._received = 0.0, 0
+
+
 class Answer:
     """A response whose body is read by iterating; close it in every case.
 
@@ -59,12 +96,17 @@ class Answer:
         status: HTTP status.
         headers: response headers, case-insensitive.
         url: where it came from.
+        url_host: host and port of the server that answered.
     """
 
-    def __init__(self, response: httpx.Response, method: str, url: str, counter: _Counter) -> None:
+    def __init__(
+        self, response: httpx.Response, method: str, url: Url, counter: _Counter, pace: _Pace
+    ) -> None:
         self.status = response.status_code
         self.headers = response.headers
-        self.url = url
+        self.url = url.text
+        self.url_host = url.server
+        self._pace = pace
         self._method = method
         self._counter = counter
         stream = response.stream
@@ -88,14 +130,19 @@ class Answer:
         """The next piece of the body as it arrived, not decoded.
 
         Raises:
-            Fault: the connection broke, ended early or stalled.
+            Fault: the connection broke, ended early, stalled, or is too slow.
         """
         if self._ended:
             raise StopAsyncIteration
         if self._iterator is None:
             self._iterator = aiter(self._stream)
+        began = trio.current_time()
+        chunk: bytes | None = None
         try:
-            chunk = await anext(self._iterator)
+            with trio.move_on_after(self._pace.left):
+                chunk = await anext(self._iterator)
+            if chunk is None:
+                raise httpcore.ReadTimeout
         except StopAsyncIteration:
             self._ended = True
             # The body ended as it should: this returns the connection to the pool.
@@ -109,12 +156,17 @@ class Answer:
             if isinstance(error, _BROKEN):
                 raise Fault(f"{self.url_host} broke the connection: {_text(error)}") from error
             raise
+        self._pace.note(trio.current_time() - began, len(chunk))
         self._received += len(chunk)
         self._counter.bytes_received += len(chunk)
         return chunk
 
-    async def read(self, limit: int) -> bytes:
+    async def read(self, limit: int, *, deadline: float = float("inf")) -> bytes:
         """All of the body.
+
+        Args:
+            limit: most bytes to hold.
+            deadline: when it must have come, by trio's clock.
 
         Raises:
             RegistryError: it has more than `limit` bytes; no more than that are held.
@@ -123,17 +175,19 @@ class Answer:
         if (self.length or 0) > limit:
             raise RegistryError(f"{self.url_host} sends {self.length} bytes, more than {limit}")
         data = bytearray()
-        async for chunk in self:
-            data += chunk
-            if len(data) > limit:
-                raise RegistryError(f"{self.url_host} sends more than {limit} bytes")
-        return bytes(data)
+        with trio.move_on_at(deadline):
+            async for chunk in self:
+                data += chunk
+                if len(data) > limit:
+                    raise RegistryError(f"{self.url_host} sends more than {limit} bytes")
+            return bytes(data)
+        raise Fault(f"{self.url_host} sends its answer too slowly")
 
     async def drain(self, limit: int = 64 << 10) -> None:
         """Read what little is left, so that the connection can be used again; otherwise close it."""
         left = limit if self.length is None else self.length - self._received
         if not self._ended and left <= limit:
-            with contextlib.suppress(Fault):
+            with contextlib.suppress(Fault), trio.move_on_after(_DRAIN_SECONDS):
                 async for chunk in self:
                     left -= len(chunk)
                     if left < 0:
@@ -169,11 +223,6 @@ class Answer:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-    @property
-    def url_host(self) -> str:
-        """Host and port of the server that answered."""
-        return urlsplit(self.url).netloc.rpartition("@")[2]
 
 
 @dataclass
@@ -222,38 +271,29 @@ class Transport:
             Fault: no answer came.
             RegistryError: the URL cannot be used.
         """
-        host, parsed = _parse(url)
+        found = parse_url(url)
+        host = found.server
         counter = self._counters.setdefault(host, _Counter())
         counter.requests += 1
         counter.retries += repeated
-        pool = self._pool(url, tls)
+        pool = self._pool(found, tls)
         response: httpx.Response | None = None
         with trio.move_on_at(deadline) as scope:
             request = httpx.Request(
                 method,
-                parsed,
-                headers=_headers(method, parsed, headers, content),
+                found.parsed,
+                headers=_headers(method, found.parsed, headers, content),
                 stream=UploadBody(content or b"", partial(_extend, scope)),
                 extensions={"timeout": self._timeouts()},
             )
             try:
                 response = await pool.handle_async_request(request)
-            except _TIMEOUT as error:
-                raise Fault(f"{host} did not answer in time ({type(error).__name__})") from error
-            except _BROKEN as error:
-                untrusted = _cause(error, ssl.SSLCertVerificationError)
-                if untrusted is not None:
-                    raise RegistryError(
-                        f"{host} shows a certificate that is not trusted: {untrusted}",
-                        hint="install the registry's CA certificate on this machine",
-                        reason="untrusted-certificate",
-                    ) from error
-                raise Fault(f"cannot talk to {host}: {_text(error)}") from error
-            except ssl.SSLError as error:
-                raise Fault(f"TLS with {host} failed: {_text(error)}") from error
+            except (*_TIMEOUT, *_BROKEN, ssl.SSLError) as error:
+                raise _failure(error, host) from error
         if response is None:
             raise Fault(f"{host} did not answer in time", cut_short=True)
-        return Answer(response, method, url, counter)
+        pace = _Pace(self.settings.stall_seconds, self.settings.least_bytes_per_second)
+        return Answer(response, method, found, counter, pace)
 
     def statistics(self) -> Statistics:
         """The counters now."""
@@ -274,8 +314,8 @@ class Transport:
             "pool": settings.retry_seconds,
         }
 
-    def _pool(self, url: str, tls: TLSOptions) -> httpx.AsyncBaseTransport:
-        key = (tls if url.startswith("https:") else None, self._proxies.find(url))
+    def _pool(self, url: Url, tls: TLSOptions) -> httpx.AsyncBaseTransport:
+        key = (tls if url.is_secure else None, self._proxies.find(url.text))
         pool = self._pools.get(key)
         if pool is None:
             pool = self._pools[key] = self._new_pool(*key)
@@ -295,37 +335,37 @@ class Transport:
             max_connections=settings.max_connections,
             keepalive_expiry=settings.keep_alive_seconds,
         )
-        return httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+        try:
+            return httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+        except (httpx.InvalidURL, ValueError, ImportError) as error:
+            raise RegistryError(
+                f"the proxy that the environment names cannot be used: {error}",
+                hint="see the variables http_proxy, https_proxy and all_proxy",
+            ) from None
+
+
+def _failure(error: Exception, host: str) -> Fault | RegistryError:
+    """Why no answer came, as an error of ours."""
+    unreachable = host if isinstance(error, _UNCONNECTED) else ""
+    if isinstance(error, _TIMEOUT):
+        return Fault(
+            f"{host} did not answer in time ({type(error).__name__})", unreachable=unreachable
+        )
+    if isinstance(error, ssl.SSLError):
+        return Fault(f"TLS with {host} failed: {_text(error)}")
+    untrusted = _cause(error, ssl.SSLCertVerificationError)
+    if untrusted is not None:
+        return RegistryError(
+            f"{host} shows a certificate that is not trusted: {untrusted}",
+            hint="install the registry's CA certificate on this machine",
+            reason="untrusted-certificate",
+        )
+    return Fault(f"cannot talk to {host}: {_text(error)}", unreachable=unreachable)
 
 
 def _extend(scope: trio.CancelScope, seconds: float) -> None:
     """Let a scope run longer."""
     scope.deadline += seconds
-
-
-@lru_cache(maxsize=64)
-def _parse(url: str) -> tuple[str, httpx.URL]:
-    """Host and port of a URL that may be asked, and the URL for httpx, which takes long to parse.
-
-    Raises:
-        RegistryError: it is too long, not HTTP, or malformed.
-    """
-    if len(url) > _URL_LIMIT:
-        raise RegistryError(f"refusing a URL of {len(url)} characters: {url[:100]}...")
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port
-    except ValueError:
-        host = None
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
-        raise RegistryError(f"refusing a URL that is not http or https: {url[:100]}")
-    host = parts.netloc.rpartition("@")[2]
-    try:
-        return host, httpx.URL(url)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise RegistryError(f"cannot ask {host}: {error}") from error
 
 
 def _headers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,16 +13,18 @@ import httpx
 import pytest
 import trio
 
-from lazysnap import __version__
-from lazysnap.credentials.docker_config import Anonymous
-from lazysnap.errors import RegistryError, RegistryUnreachable
+from lazysnap import __version__, oci
+from lazysnap.credentials.docker_config import Anonymous, Credential, Fixed
+from lazysnap.digest import Digest
+from lazysnap.errors import RegistryError, RegistryUnreachable, Unauthorized
 from lazysnap.reference import Reference
-from lazysnap.registry import HostTable, Registry, RegistrySettings
+from lazysnap.registry import HostTable, Registry, RegistrySettings, find_referrers
 from lazysnap.registry.hosts import Endpoint, TLSOptions
 from lazysnap.registry.push import push_blob
+from lazysnap.registry.referrers import fallback_tag
 from lazysnap.registry.transport import Transport
 from tests.registry.conftest import SETTINGS
-from tests.support.registry import FaultyRegistry, Status
+from tests.support.registry import FaultyRegistry, Status, small_tar
 
 
 class Https(HostTable):
@@ -175,3 +177,95 @@ async def test_proxy_of_the_environment(
         "http://registry.test/v2/x/manifests/1",
         f"/v2/x/blobs/{digest}",
     ]
+
+
+# Redirects, and other places that an answer names, from TLS to plain HTTP.
+
+
+@pytest.fixture
+async def guarded(
+    server: FaultyRegistry, secure: str, certificate: Path
+) -> AsyncIterator[tuple[Registry, Reference]]:
+    """A client with a password, and an image behind TLS."""
+    tls = TLSOptions(ca_files=(str(certificate) + ".crt",))
+    server.users["me"] = "secret"
+    credentials = Fixed({secure: Credential("me", "secret")})
+    async with Registry(SETTINGS, credentials, hosts=Https(SETTINGS, tls)) as registry:
+        yield registry, Reference.parse(f"{secure}/team/app:1")
+
+
+def _plain(server: FaultyRegistry, path: str) -> dict[str, str]:
+    return {"Location": f"http://{server.host}{path}"}
+
+
+async def test_what_is_believed_comes_through_tls(
+    server: FaultyRegistry, guarded: tuple[Registry, Reference]
+) -> None:
+    registry, image = guarded
+    pushed = server.add_image("team/app", "1", [small_tar(a=b"x")])
+    await registry.manifest(image)
+    asks: dict[str, Callable[[], Awaitable[object]]] = {
+        "/v2/team/app/manifests/1": lambda: registry.manifest(image),
+        f"/v2/team/app/referrers/{pushed.digest}": lambda: find_referrers(
+            registry, image, pushed.digest, "a/b"
+        ),
+        f"/v2/team/app/manifests/{fallback_tag(pushed.digest)}": lambda: find_referrers(
+            registry, image, pushed.digest, "a/b"
+        ),
+        f"/v2/team/app/blobs/{pushed.digest}": registry.blob(
+            image, pushed.digest, 100, checked=False
+        ).probe,
+    }
+    for path, ask in asks.items():
+        for first in ([], [Status(307, {"Location": f"{path}?again"}, path=path)]):
+            server.faults += [*first, Status(307, _plain(server, path), path=path)]
+            before = len(server.log)
+            with pytest.raises(RegistryError, match="without TLS"):
+                await ask()
+            assert server.faults == []
+            # It would have been the last one.
+            assert path in server.log[-1].path
+            assert len(server.log) - before <= 3
+
+
+async def test_what_is_checked_may_come_without_tls_and_is_asked_for_without_a_password(
+    server: FaultyRegistry, guarded: tuple[Registry, Reference]
+) -> None:
+    registry, image = guarded
+    server.auth = "basic"
+    pushed = server.add_image("team/app", "1", [small_tar(a=b"x")])
+    data = server.manifests["team/app", "1"][1]
+    digest = server.add_blob(b"x" * 1000)
+    assert (await registry.manifest(image))[1] == data
+    server.auth = None  # which the plain server could not get
+    for path in (f"/v2/team/app/manifests/{pushed.digest}", f"/v2/team/app/blobs/{digest}"):
+        server.faults.append(Status(307, _plain(server, path), path=path))
+    del server.log[:]
+    assert (await registry.manifest(image, pushed.digest))[1] == data
+    assert await registry.blob(image, digest, 1000).read(5, 2) == b"xx"
+    assert [bool(r.authorization) for r in server.log] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("password", [True, False])
+async def test_tokens_come_through_tls(
+    server: FaultyRegistry, secure: str, certificate: Path, password: bool
+) -> None:
+    tls = TLSOptions(ca_files=(str(certificate) + ".crt",))
+    server.auth = "bearer"
+    credentials = Fixed({secure: Credential("me", "secret")} if password else {})
+    async with Registry(SETTINGS, credentials, hosts=Https(SETTINGS, tls)) as registry:
+        with pytest.raises(Unauthorized, match="without TLS"):
+            await registry.manifest(Reference.parse(f"{secure}/x:1"))
+    assert server.requests("token") == []
+
+
+async def test_further_pages_come_through_tls(
+    server: FaultyRegistry, guarded: tuple[Registry, Reference]
+) -> None:
+    registry, image = guarded
+    digest = Digest.of(b"x")
+    headers = {"Content-Type": oci.OCI_INDEX, "Link": f"<http://{server.host}/x>; rel=next"}
+    server.faults.append(Status(200, headers, b'{"schemaVersion":2}', path="/referrers/"))
+    with pytest.raises(RegistryError, match="without TLS"):
+        await find_referrers(registry, image, digest, "a/b")
+    assert len(server.log) == 1
