@@ -57,7 +57,9 @@ class LayerUnpacker:
         if size is None or media_type is None:
             if request.manifest_digest is None:
                 raise NotLazy("the labels name no manifest", reason="no-image-labels")
-            manifest = await self._registry.image_manifest(reference, request.manifest_digest)
+            manifest = await self._registry.image_manifest(
+                reference, request.manifest_digest, hurried=True
+            )
             blob = manifest.layer(request.layer_digest)
             size, media_type = blob.size, blob.media_type
         if oci.layer_kind(media_type) not in _KINDS:
@@ -70,9 +72,10 @@ class LayerUnpacker:
         if request is None or request.manifest_digest is None:
             return []
         reference = Reference.parse(request.reference)
-        blobs = (
-            await self._registry.image_manifest(reference, request.manifest_digest)
-        ).layers or ()
+        manifest = await self._registry.image_manifest(
+            reference, request.manifest_digest, hurried=True
+        )
+        blobs = manifest.layers or ()
         numbers = [n for n, blob in enumerate(blobs) if blob.digest == request.layer_digest]
         found = {
             blob.digest: LayerBlob(reference, blob.digest, blob.size)
@@ -98,6 +101,6 @@ class LayerUnpacker:
             most_bytes=disk.f_bavail * disk.f_frsize,
             alone=alone,
         )
-        stream = self._registry.stream_blob(layer.reference, layer.digest, layer.size)
+        stream = self._registry.stream_blob(layer.reference, layer.digest, layer.size, hurried=True)
         async with stream as blob:
             return await self._appliers.apply(job, blob)

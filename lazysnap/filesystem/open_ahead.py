@@ -19,6 +19,7 @@ from lazysnap.advice import advice
 from lazysnap.digest import Digest
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
+from lazysnap.layers.host_turns import HostTurns
 from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
@@ -28,7 +29,8 @@ from lazysnap.registry.image import Image
 _log = log.get(__name__)
 # The layers of one pull ask once; an image that is pulled again may have been removed in between.
 _AGAIN_SECONDS = 60.0
-_AT_ONCE = 4
+_AT_ONCE = 16
+_AT_ONCE_OF_HOST = 4
 
 
 class OpenAhead:
@@ -56,7 +58,7 @@ class OpenAhead:
         self._nursery = nursery
         self._opened = opened
         self._begun: dict[Digest, float] = {}
-        self._limit = trio.CapacityLimiter(_AT_ONCE)
+        self._turns = HostTurns(each=_AT_ONCE_OF_HOST, total=_AT_ONCE)
 
     async def image(self, reference: Reference, platform: Platform) -> Image:
         """Resolve an image that will be pulled, and begin to open its layers.
@@ -74,7 +76,7 @@ class OpenAhead:
             if self._first_time(descriptor.digest):
                 self._all(reference, descriptor.digest, manifest)
 
-        async with self._limit:
+        async with self._turns.turn(reference.host):
             self._opener.expect()
             return await self._registry.fetch_image(reference, platform, resolved)
 

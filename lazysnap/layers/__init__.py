@@ -5,6 +5,7 @@ Knows nothing of mounts, of shards or of reading files. In the order in which to
 
 - `opener`: what opening means, and which layers are refused.
 - `identity`: what makes a layer the one that it is, and the names of indexes.
+- `host_turns`: a slow host does not hold up others.
 - `builder`, `builder_pool`: a table of contents is parsed in a process of its own; the daemon's end of it.
 - `blob_tail`: what came along with the table of contents is kept for whoever fetches members.
 - `slots`: which layer a directory of a shard serves, `slots/<slot>`.

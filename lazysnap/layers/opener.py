@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 
@@ -20,10 +20,11 @@ import trio
 
 from lazysnap import log, oci, tracing
 from lazysnap.digest import Digest
-from lazysnap.errors import NotLazy
+from lazysnap.errors import NotLazy, RegistryUnreachable
 from lazysnap.formats.identify import FOOTER_SIZE, identify
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import BuilderPool
+from lazysnap.layers.host_turns import HostTurns
 from lazysnap.layers.identity import (
     index_name,
     link_same,
@@ -49,7 +50,8 @@ _TOC_MOST = 64 << 20
 _RECENT_SECONDS = 30.0
 _REMEMBERED = 1024
 # A table of contents can take 64 MiB here while it is on its way to a builder.
-_AT_ONCE = 16
+_AT_ONCE = 32
+_AT_ONCE_OF_HOST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class Opener:
         self._builders = builders
         self._allow_unverified = allow_unverified
         self._turns: dict[str, tuple[trio.Lock, int]] = {}
-        self._limit = trio.CapacityLimiter(_AT_ONCE)
+        self._host_turns = HostTurns(each=_AT_ONCE_OF_HOST, total=_AT_ONCE)
         self._fetched: dict[str, float] = {}
         self._indexed: dict[str, trio.Event] = {}  # of layers that are being built
 
@@ -168,7 +170,8 @@ class Opener:
 
         Raises:
             NotLazy: it cannot be read lazily; `reason` says why.
-            LazysnapError: or another error, such as an unreachable registry.
+            RegistryUnreachable: the registry does not answer, or not in time.
+            LazysnapError: or another error.
         """
         _refuse_encrypted(source)
         described = self._lacks_promise(source)
@@ -257,7 +260,7 @@ class Opener:
         async with self._alone(name):
             size, others = await self._known(source, name)
             if size is None:
-                async with self._limit:
+                async with self._host_turns.turn(source.reference.host):
                     with tracing.span("open layer", layer=source.digest):
                         self._indexed[name] = indexed = trio.Event()
                         try:
@@ -296,7 +299,10 @@ class Opener:
     async def _described(self, source: LayerSource) -> LayerSource:
         """Complete a source from its manifest."""
         assert source.manifest is not None
-        manifest = await self._registry.image_manifest(source.reference, source.manifest)
+        with self._in_time(source):
+            manifest = await self._registry.image_manifest(
+                source.reference, source.manifest, hurried=True
+            )
         layer = manifest.layer(source.digest)
         return replace(
             source,
@@ -324,8 +330,9 @@ class Opener:
         """
         if not others:
             return None
-        blob = self._registry.blob(source.reference, source.digest, source.size)
-        tail = await blob.tail(FOOTER_SIZE)
+        blob = self._registry.blob(source.reference, source.digest, source.size, hurried=True)
+        with self._in_time(source):
+            tail = await blob.tail(FOOTER_SIZE)
         location = identify(tail.data, tail.size, source.annotations, source.media_type or "")
         self._note_fetched(name)
         link = partial(link_same, self._directory, name, others, location, trees=self._trees)
@@ -341,26 +348,15 @@ class Opener:
         self, source: LayerSource, name: str, indexed: trio.Event, tell: Callable[[int], None]
     ) -> int:
         self.expect()
-        blob = self._registry.blob(source.reference, source.digest, source.size)
-        length = _TAIL_UNKNOWN
-        if source.size is not None:
-            length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)
-        tail = await blob.tail(length)
-        data = tail.data
-        media_type = source.media_type or ""
-        location = identify(data, tail.size, source.annotations, media_type)
-        start = tail.size - len(data)
-        if start - location.offset > _TOC_MOST:
-            raise NotLazy("the layer's table of contents is too large", reason="too-big")
-        if location.offset < start:
-            data = await blob.read(location.offset, start - location.offset) + data
+        with self._in_time(source):
+            data, size = await self._receive(source)
         job = Job(
             path=self._path(name),
             tree=os.path.join(self._trees, tree_name(name)) if self._trees else "",
             tail_path=self._path(name) + INDEX_TAIL,
-            blob_size=tail.size,
+            blob_size=size,
             annotations=dict(source.annotations),
-            media_type=media_type,
+            media_type=source.media_type or "",
             toc_digest=source.annotations.get(oci.TOC_DIGEST),
             # What was promised has to be kept, or the index would be taken for one that was checked.
             trusted=self._allow_unverified and not oci.toc_promise(source.annotations),
@@ -369,11 +365,46 @@ class Opener:
 
         def stored() -> None:
             indexed.set()
-            tell(tail.size)
+            tell(size)
 
         answer = await self._builders.build(job, data, stored)
         _log.info("layer opened", layer=source.digest, nodes=answer.nodes, bytes=answer.total_size)
-        return tail.size
+        return size
+
+    async def _receive(self, source: LayerSource) -> tuple[bytes, int]:
+        """The end of a layer with all of its table of contents, and the size of the blob."""
+        blob = self._registry.blob(
+            source.reference,
+            source.digest,
+            source.size,
+            hurried=True,
+            checked=bool(oci.toc_promise(source.annotations)),
+        )
+        length = _TAIL_UNKNOWN
+        if source.size is not None:
+            length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)
+        tail = await blob.tail(length)
+        data = tail.data
+        location = identify(data, tail.size, source.annotations, source.media_type or "")
+        start = tail.size - len(data)
+        if start - location.offset > _TOC_MOST:
+            raise NotLazy("the layer's table of contents is too large", reason="too-big")
+        if location.offset < start:
+            data = await blob.read(location.offset, start - location.offset) + data
+        return data, tail.size
+
+    @contextmanager
+    def _in_time(self, source: LayerSource) -> Iterator[None]:
+        """Let the registry take only so long: a client waits that can download the layer instead."""
+        seconds = self._registry.exchange.settings.open_seconds
+        with trio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            why = f"{source.reference.host} has not sent its table of contents within {seconds:g} s"
+            self._registry.note_failure(source.reference, why)
+            raise RegistryUnreachable(
+                f"layer {source.digest}: {why}", hint="the layer is downloaded and unpacked instead"
+            )
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
