@@ -15,7 +15,8 @@ from lazysnap.credentials.docker_config import DockerConfig
 from lazysnap.errors import DigestMismatch, FormatError, LazysnapError, NotLazy, RangesUnsupported
 from lazysnap.formats.location import CONVERT_HINT
 from lazysnap.layers.builder_pool import BuilderPool
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.layer_source import LayerSource
+from lazysnap.layers.opener import Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry

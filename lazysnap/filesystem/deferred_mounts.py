@@ -17,7 +17,8 @@ import trio
 from lazysnap import log
 from lazysnap.advice import advice
 from lazysnap.filesystem.layer_mounts import LayerMounts
-from lazysnap.layers.opener import OpenedLayer, Opener
+from lazysnap.layers.layer_source import OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
 

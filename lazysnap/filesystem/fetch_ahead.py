@@ -14,7 +14,7 @@ from lazysnap import log
 from lazysnap.advice import advice
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.layers.opener import LayerSource, OpenedLayer
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
 from lazysnap.layers.slots import LayerOrigin
 from lazysnap.shard.expecting import EXPECTED_SECONDS
 from lazysnap.supervisor import Supervisor

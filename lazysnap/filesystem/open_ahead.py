@@ -20,7 +20,8 @@ from lazysnap.digest import Digest
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
 from lazysnap.layers.host_turns import HostTurns
-from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.platforms import Platform
 from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry

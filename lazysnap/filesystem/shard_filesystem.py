@@ -26,7 +26,8 @@ from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
 from lazysnap.labels import RemoteRequest, parse_remote_request
 from lazysnap.layers.inherited import DirectoryTree, LowerTree, ViewTree, hides_something, inherit
-from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.layers.slots import (
     Inherited,
     SlotRecord,

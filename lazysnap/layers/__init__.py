@@ -4,6 +4,7 @@
 Knows nothing of mounts, of shards or of reading files. In the order in which to read:
 
 - `opener`: what opening means, and which layers are refused.
+- `layer_source`: what the opener is given and what it returns.
 - `identity`: what makes a layer the one that it is, and the names of indexes.
 - `host_turns`: a slow host does not hold up others.
 - `builder`, `builder_pool`: a table of contents is parsed in a process of its own; the daemon's end of it.

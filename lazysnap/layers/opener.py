@@ -13,13 +13,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import trio
 
 from lazysnap import log, oci, tracing
-from lazysnap.digest import Digest
 from lazysnap.errors import NotLazy, RegistryUnreachable
 from lazysnap.formats.identify import FOOTER_SIZE, identify
 from lazysnap.layers.builder import Job
@@ -32,10 +31,10 @@ from lazysnap.layers.identity import (
     same_facts,
     size_of_known,
 )
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.paths import INDEX_TAIL
-from lazysnap.reference import Reference
 from lazysnap.registry.client import Registry
 
 _log = log.get(__name__)
@@ -52,70 +51,6 @@ _REMEMBERED = 1024
 # A table of contents can take 64 MiB here while it is on its way to a builder.
 _AT_ONCE = 32
 _AT_ONCE_OF_HOST = 16
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSource:
-    """A layer that is to be opened.
-
-    Attributes:
-        reference: image that it is fetched by.
-        digest: of the compressed blob.
-        size: of the blob in bytes, if it is known.
-        media_type: if it is known.
-        annotations: of its descriptor, as far as they are known.
-        manifest: digest of the manifest that has the rest, if it is known.
-        complete: there are no other annotations than those given.
-    """
-
-    reference: Reference
-    digest: Digest
-    _: KW_ONLY
-    size: int | None = None
-    media_type: str | None = None
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    manifest: Digest | None = None
-    complete: bool = False
-
-    @classmethod
-    def of(
-        cls, layer: oci.Descriptor, reference: Reference, manifest: Digest | None = None
-    ) -> LayerSource:
-        """A layer as its manifest describes it, so that nothing more is to be known.
-
-        Args:
-            layer: its descriptor.
-            reference: image that it is fetched by.
-            manifest: digest of the manifest, if that is to be remembered.
-        """
-        return cls(
-            reference,
-            layer.digest,
-            size=layer.size,
-            media_type=layer.media_type,
-            annotations=layer.annotations or {},
-            manifest=manifest,
-            complete=True,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedLayer:
-    """A layer whose index is on disk.
-
-    Attributes:
-        index: name of the file below `cache/index`.
-        blob_size: in bytes.
-        annotations: those that it was checked by; with them it can be opened again.
-        fetched: whether bytes of it have just come from the registry.
-        described: whether the manifest was read for the annotations.
-    """
-
-    index: str
-    blob_size: int
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    fetched: bool = False
-    described: bool = False
 
 
 class Opener:

@@ -13,7 +13,8 @@ import trio.testing
 
 from lazysnap.filesystem.deferred_mounts import DeferredMounts
 from lazysnap.filesystem.layer_mounts import Capabilities, LayerMounts
-from lazysnap.layers.opener import OpenedLayer, Opener
+from lazysnap.layers.layer_source import OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.snapshotter.interfaces import Attached
 from lazysnap.store.records import Attachment

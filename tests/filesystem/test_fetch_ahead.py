@@ -17,7 +17,7 @@ from lazysnap.errors import Unavailable
 from lazysnap.filesystem.fetch_ahead import FetchAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.filesystem.profile_learner import ProfileLearner
-from lazysnap.layers.opener import LayerSource, OpenedLayer
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
 from lazysnap.prefetch.profile import Read, from_reads
 from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.reference import Reference

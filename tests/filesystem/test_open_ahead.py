@@ -16,7 +16,8 @@ from lazysnap.errors import NotLazy
 from lazysnap.filesystem.open_ahead import OpenAhead
 from lazysnap.filesystem.profile_finder import ProfileFinder
 from lazysnap.labels import RemoteRequest
-from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry
 from tests.support.clocks import patient_clock

@@ -15,7 +15,8 @@ from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.host_turns import HostTurns
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.layer_source import LayerSource
+from lazysnap.layers.opener import Opener
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
 from tests.support import layers

@@ -20,7 +20,8 @@ from lazysnap.digest import Digest
 from lazysnap.errors import LazysnapError, RegistryError
 from lazysnap.layers.builder_pool import BuilderPool
 from lazysnap.layers.identity import index_name
-from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.layers.slots import SlotRecord
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index

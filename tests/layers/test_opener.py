@@ -26,7 +26,8 @@ from lazysnap.fetch.open_files import OpenFiles
 from lazysnap.fetch.tail_source import TailSource
 from lazysnap.layers.builder import Job
 from lazysnap.layers.builder_pool import BuilderPool
-from lazysnap.layers.opener import LayerSource, OpenedLayer, Opener
+from lazysnap.layers.layer_source import LayerSource, OpenedLayer
+from lazysnap.layers.opener import Opener
 from lazysnap.layers.tree_images import tree_name
 from lazysnap.layers.view import open_index
 from lazysnap.reference import Reference

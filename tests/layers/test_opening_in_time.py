@@ -17,7 +17,8 @@ from lazysnap.credentials.docker_config import Anonymous
 from lazysnap.digest import Digest
 from lazysnap.errors import RegistryUnreachable
 from lazysnap.layers.builder_pool import BuilderPool
-from lazysnap.layers.opener import LayerSource, Opener
+from lazysnap.layers.layer_source import LayerSource
+from lazysnap.layers.opener import Opener
 from lazysnap.reference import Reference
 from lazysnap.registry import Registry, RegistrySettings
 from tests.support.clocks import patient_clock
