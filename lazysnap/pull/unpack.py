@@ -2,10 +2,9 @@
 """The layers of an image into snapshots: each is offered to the snapshotter, and what it does not
 mount lazily is downloaded and unpacked.
 
-Follows containerd's unpacker (core/unpack/unpacker.go), but for one thing: a lazy snapshot that has the
-chain id of a layer and is of another one is replaced, see `lazysnap.pull.present`. Every layer is
-prepared, also one that may be there, since only that lets the snapshotter see it and gives it to our
-lease. Invariant: whatever happens, no active snapshot of ours stays.
+Follows containerd's unpacker (core/unpack/unpacker.go). Every layer is prepared, also one that may
+be there, since only that lets the snapshotter see it and gives it to our lease. Invariant: whatever
+happens, no active snapshot of ours stays.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from lazysnap.errors import (
 from lazysnap.pull.download import PARALLEL, Downloads
 from lazysnap.pull.local_unpack import LocalLayer, job_for
 from lazysnap.pull.metadata import Labeller
-from lazysnap.pull.present import is_impostor
 from lazysnap.pull.progress import LayerResult, LayerState, Progress
 from lazysnap.pull.staging import StagedLayer, Staging
 from lazysnap.registry.image import Image
@@ -47,7 +45,6 @@ _log = log.get(__name__)
 
 _TRIES = 3
 _CLEANUP_SECONDS = 10.0
-_NAME_TAKEN = "name-taken"
 _BUILTIN = frozenset(
     {"overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile", "aufs", "erofs"}
 )
@@ -199,7 +196,8 @@ class Unpacker:
         try:
             mounts = await self._snapshots.prepare(key, layer.parent, layer.labels)
         except AlreadyExists:
-            return await self._present(layer, key)
+            state = await self._present(layer)
+            return None if state is None else self._result(layer, state)
         except (InvalidArgument, Unavailable) as error:  # not loaded, or its socket is dead
             name = self._snapshots.snapshotter
             error.hint = (
@@ -211,40 +209,21 @@ class Unpacker:
             raise NotLazy(f"layer {layer.blob.digest} is to be unpacked")
         return await self._unpack(layer, key, mounts)
 
-    async def _present(self, layer: Layer, key: str) -> LayerResult | None:
+    async def _present(self, layer: Layer) -> LayerState | None:
         try:
             info = await self._snapshots.stat(layer.chain_id)
         except NotFound:
             return None  # removed in between: prepare it anew
         self._note(info.labels)
-        if is_impostor(layer.labels, info.labels):
-            return await self._beside(layer, key)
         wanted = {other.blob.digest for other in self._layers[layer.number + 1 :]}
         if layer.blob.digest not in wanted:
             self._downloads.call_off(layer.blob.digest)
-        lazy = names.REMOTE in info.labels
-        return self._result(layer, LayerState.LAZY if lazy else LayerState.PRESENT)
+        return LayerState.LAZY if names.REMOTE in info.labels else LayerState.PRESENT
 
-    async def _beside(self, layer: Layer, key: str) -> LayerResult | None:
-        """Unpack a layer whose chain id a lazy snapshot of another layer has."""
-        if self._lazy_only:
-            raise NotLazy(f"layer {layer.blob.digest} is to be unpacked", reason=_NAME_TAKEN)
-        _log.warning(
-            "another layer has the chain id of this one; unpacking it instead",
-            layer=layer.blob.digest,
-            chain_id=layer.chain_id,
-        )
-        # With the label containerd would say again that the snapshot is there.
-        labels = {k: v for k, v in layer.labels.items() if k != names.SNAPSHOT_REF}
-        mounts = await self._snapshots.prepare(key, layer.parent, labels)
-        return await self._unpack(layer, key, mounts, _NAME_TAKEN)
-
-    async def _unpack(
-        self, layer: Layer, key: str, mounts: Mounts, reason: str | None = None
-    ) -> LayerResult | None:
+    async def _unpack(self, layer: Layer, key: str, mounts: Mounts) -> LayerResult | None:
         local = await self._begin_here(layer, mounts)
         try:
-            reason = reason or await self._reason(key)
+            reason = await self._reason(key)
             self._answered.set()
             _log.debug("layer is not lazy", layer=layer.blob.digest, reason=reason or "not told")
             await self._downloads.wait(layer.number, layer.blob)
@@ -264,37 +243,12 @@ class Unpacker:
                 f" {layer.diff_id}",
                 hint="the image is damaged: build and push it again",
             )
-        await self._commit(layer, key)
-        await self._labeller.uncompressed(layer.blob.digest, layer.diff_id)
-        return self._result(layer, LayerState.UNPACKED, reason)
-
-    async def _commit(self, layer: Layer, key: str) -> None:
-        """Give a snapshot whose files were checked the chain id of its layer."""
         try:
             await self._snapshots.commit(layer.chain_id, key, layer.labels)
-        except AlreadyExists:
-            info = await self._snapshots.stat(layer.chain_id)
-            if is_impostor(layer.labels, info.labels):
-                await self._remove_impostor(layer)
-                await self._snapshots.commit(layer.chain_id, key, layer.labels)
-            else:  # another pull was quicker; its snapshot has the same content
-                await self._remove(key)
-
-    async def _remove_impostor(self, layer: Layer) -> None:
-        """Remove a snapshot of another layer, and what is on top of it for ours; nothing that is in use."""
-        try:
-            for above in reversed(self._layers[layer.number + 1 :]):
-                with contextlib.suppress(NotFound):
-                    await self._snapshots.remove(above.chain_id)
-            with contextlib.suppress(NotFound):
-                await self._snapshots.remove(layer.chain_id)
-        except FailedPrecondition as error:
-            raise FailedPrecondition(
-                f"the chain id of layer {layer.blob.digest} is that of a lazy layer of another image,"
-                " which is in use",
-                hint=f"remove what uses snapshot {layer.chain_id}, or pull into another namespace",
-                reason=_NAME_TAKEN,
-            ) from error
+        except AlreadyExists:  # another pull was quicker; its snapshot has the same content
+            await self._remove(key)
+        await self._labeller.uncompressed(layer.blob.digest, layer.diff_id)
+        return self._result(layer, LayerState.UNPACKED, reason)
 
     async def _begin_here(self, layer: Layer, mounts: Mounts) -> LocalLayer | StagedLayer | None:
         """Unpack a layer while it is downloaded, if we can, and have begun or its download has not."""

@@ -2,7 +2,7 @@
 """An image that claims the diff ids of another one does not take its place.
 
 Of two layers, the upper one is the one that is claimed; the images are pulled by lazysnap and by ctr, into
-the namespace of the hostile image and into another one, lazily and not.
+another namespace than the hostile image, lazily and not. In one namespace, containerd asks nobody.
 """
 
 from __future__ import annotations
@@ -68,33 +68,27 @@ def _expected(code: bytes) -> str:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["upper", "whole"])
-@pytest.mark.parametrize("namespace", ["tenant-a", "tenant-b"])
 @pytest.mark.parametrize("form", ["lazy", "plain"])
-def test_claimed_diff_ids_take_nobodys_place(
-    it: Stack, form: str, namespace: str, whole: bool
-) -> None:
+def test_claimed_diff_ids_take_nobodys_place(it: Stack, form: str, whole: bool) -> None:
     made = Images(it, form=form, whole=whole)
     it.containerd.namespace = "tenant-a"
     it.pull(made.evil)
-    it.containerd.namespace = namespace
-    result = it.pull(made.good)
-    assert _code(it, made.good) == _expected(_GOOD)
-    reasons = [layer.get("reason") for layer in result["layers"]]
-    assert reasons[0 if whole else 1] == "name-taken"
     # That holds for those who come later, too.
-    it.containerd.namespace = "tenant-c"
-    it.pull(made.good)
-    assert _code(it, made.good) == _expected(_GOOD)
+    for namespace in ("tenant-b", "tenant-c"):
+        it.containerd.namespace = namespace
+        result = it.pull(made.good)
+        assert _code(it, made.good) == _expected(_GOOD)
+        reasons = [layer.get("reason") for layer in result["layers"]]
+        assert reasons[0 if whole else 1] == "name-taken"
 
 
 def test_a_pull_by_the_daemon_believes_no_claim(it: Stack) -> None:
     made = Images(it, form="lazy", whole=False)
+    it.containerd.namespace = "tenant-a"
     it.pull(made.evil, delegated=True)
+    it.containerd.namespace = "tenant-b"
     it.pull(made.good, delegated=True)
     assert _code(it, made.good) == _expected(_GOOD)
-    # What is there now has been compared with its diff ids, so it is true of the other image as well.
-    it.pull(made.evil, delegated=True)
-    assert _code(it, made.evil) == _expected(_GOOD)
 
 
 @pytest.mark.parametrize("form", ["lazy", "plain"])
@@ -115,18 +109,6 @@ def test_layers_that_are_unpacked_by_the_daemon_are_not_taken_either(it: Stack) 
     it.containerd.namespace = "tenant-a"
     it.pull(made.evil)
     it.containerd.namespace = "tenant-b"
-    it.pull(made.good)
-    assert _code(it, made.good) == _expected(_GOOD)
-
-
-def test_who_uses_the_claimed_layer_keeps_it_and_the_pull_says_so(it: Stack) -> None:
-    made = Images(it, form="lazy", whole=False)
-    it.pull(made.evil)
-    it.containerd.ctr("containers", "create", "--snapshotter", "lazysnap", made.evil, "user")
-    with pytest.raises(RuntimeError, match="is that of a lazy layer of another image"):
-        it.pull(made.good)
-    assert _code(it, made.evil) == _expected(_EVIL)
-    it.containerd.ctr("containers", "rm", "user")
     it.pull(made.good)
     assert _code(it, made.good) == _expected(_GOOD)
 
