@@ -120,7 +120,9 @@ def layer_files(cache: CacheDirectory) -> list[Entry]:
                     used = min(max(status.st_atime_ns, status.st_mtime_ns), now)
                     found[kind, name] = other._replace(
                         used_ns=max(used, other.used_ns),
-                        disk_bytes=other.disk_bytes + status.st_blocks * _BLOCK,
+                        # Repositories that have the same layer share one file under several names.
+                        disk_bytes=other.disk_bytes
+                        + status.st_blocks * _BLOCK // max(status.st_nlink, 1),
                         size=other.size + status.st_size,
                         inodes=other.inodes + 1,
                     )

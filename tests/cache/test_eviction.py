@@ -290,6 +290,16 @@ def test_layer_files_count_and_go_as_contents_do(cache: Cache) -> None:
     assert ("old" in _layers(cache)) == ("old.tail" in _layers(cache))
 
 
+def test_layer_files_of_several_names_count_once(cache: Cache) -> None:
+    key = _put(cache, 0, MIB, age=7200)
+    _layer(cache, "first", age=86400)
+    for number in range(9):
+        for path in (f"{cache.index}/%s", f"{cache.index}/%s.tail", f"{cache.trees}/%s.1"):
+            os.link(path % "first", path % f"again-{number}")
+    assert Evictor(cache, _limit(5 * MIB), set).look() == 0
+    assert cache.objects.open(key, MIB) is not None
+
+
 def test_layer_files_that_are_needed_leave_half_of_the_limit_to_contents(cache: Cache) -> None:
     keys = [_put(cache, n, MIB, age=3600 * (20 - n)) for n in range(10)]
     for number in range(10):
