@@ -332,11 +332,12 @@ class Opener:
     def _in_time(self, source: LayerSource) -> Iterator[None]:
         """Let the registry take only so long: a client waits that can download the layer instead."""
         seconds = self._registry.exchange.settings.open_seconds
+        began = trio.current_time()
         with trio.move_on_after(seconds) as scope:
             yield
         if scope.cancelled_caught:
             why = f"{source.reference.host} has not sent its table of contents within {seconds:g} s"
-            self._registry.note_failure(source.reference, why)
+            self._registry.note_failure(source.reference, why, since=began)
             raise RegistryUnreachable(
                 f"layer {source.digest}: {why}", hint="the layer is downloaded and unpacked instead"
             )

@@ -304,16 +304,16 @@ class Registry:
             return LocalBlob(self._layout(reference), digest, size)
         return RemoteBlob(self.exchange, reference, digest, size, hurried=hurried, checked=checked)
 
-    def note_failure(self, reference: Reference, cause: str) -> None:
+    def note_failure(self, reference: Reference, cause: str, *, since: float) -> None:
         """Note that a registry is too slow, so that hurried operations do not try it again for a while.
 
         Args:
             reference: of the repository.
             cause: what happened, for people.
+            since: when the operation began, by trio's clock. Those that began together are one outage.
         """
         if not reference.is_local:
-            now = trio.current_time()
-            self.exchange.outlook(reference).gave_up(now, cause, unreachable="")
+            self.exchange.outlook(reference).gave_up(since, cause, unreachable="")
 
     def _layout(self, reference: Reference) -> Layout:
         if not self.exchange.settings.local_layouts:

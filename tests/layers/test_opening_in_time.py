@@ -107,3 +107,16 @@ async def test_a_dripping_registry_is_given_up(
         assert trio.current_time() - began <= 16
         await _refused(opener, _source(host, 0))
         assert trio.current_time() - began <= 16
+
+
+async def test_layers_that_come_late_together_are_one_outage(
+    clock: trio.testing.MockClock, opener: Opener
+) -> None:
+    async with dripping(_DRIP, bytes(131072), size=3000, seconds=1) as host:
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(_refused, opener, _source(host, number))
+        await trio.sleep(15)  # more than one outage is remembered for, and less than a repeated one
+        began = trio.current_time()
+        await _refused(opener, _source(host, 0))
+        assert trio.current_time() - began > 1
