@@ -15,6 +15,11 @@ from typing import Any
 from lazysnap import oci
 
 _UNCOMPRESSED_SIZE = "io.containers.estargz.uncompressed-size"
+_TOC_DIGESTS = (
+    oci.TOC_DIGEST,
+    "io.github.containers.zstd-chunked.manifest-checksum",
+    "io.containers.zstd-chunked.manifest-checksum",
+)
 # pkg/archive of containers/storage
 _COMPRESSION = {
     oci.LayerKind.UNCOMPRESSED: 0,
@@ -28,11 +33,10 @@ def position(manifest: oci.Manifest, digest: str) -> int | None:
 
     Args:
         manifest: of the image.
-        digest: of the layer's blob or of its table of contents. Of the digests that a manifest names for
-            the table, only one that is checked counts, as clients keep a layer by it.
+        digest: of the layer's blob or of its table of contents.
     """
     for number, layer in enumerate(manifest.layers or ()):
-        if digest in (layer.digest, oci.toc_promise(layer.annotations or {})):
+        if digest == layer.digest or digest in map(layer.annotation, _TOC_DIGESTS):
             return number
     return None
 
