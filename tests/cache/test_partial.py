@@ -56,7 +56,7 @@ def test_another_process_verifies_before_it_uses(tmp_path: Path) -> None:
 def test_a_claim_without_its_bytes_is_forgotten(tmp_path: Path) -> None:
     first = _open(tmp_path)
     first.write(1, CHUNK, _chunk(1))
-    os.pwrite(first.fd, b"x", CHUNK + 5)  # as after a power cut
+    os.pwrite(first.fd, bytes([_chunk(1)[5] ^ 1]), CHUNK + 5)  # as after a power cut
     second = _open(tmp_path)
     assert not _recall(second, 1)
     assert not second.claimed(1)
