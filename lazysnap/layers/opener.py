@@ -46,6 +46,8 @@ _TAIL_UNKNOWN = 256 << 10
 # the other layers.
 _TAIL_SHARE = 128
 _TOC_MOST = 64 << 20
+_OPENING_RATE = 32 << 10
+"""Bytes per second of a layer's share of a slow line, on which sixteen layers are opened at a time."""
 _RECENT_SECONDS = 30.0
 _REMEMBERED = 1024
 # A table of contents can take 64 MiB here while it is on its way to a builder.
@@ -283,7 +285,7 @@ class Opener:
         self, source: LayerSource, name: str, indexed: trio.Event, tell: Callable[[int], None]
     ) -> int:
         self.expect()
-        with self._in_time(source):
+        with self._in_time(source, _tail_length(source)):
             data, size = await self._receive(source)
         job = Job(
             path=self._path(name),
@@ -315,10 +317,7 @@ class Opener:
             hurried=True,
             checked=bool(oci.toc_promise(source.annotations)),
         )
-        length = _TAIL_UNKNOWN
-        if source.size is not None:
-            length = min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)
-        tail = await blob.tail(length)
+        tail = await blob.tail(_tail_length(source))
         data = tail.data
         location = identify(data, tail.size, source.annotations, source.media_type or "")
         start = tail.size - len(data)
@@ -329,9 +328,15 @@ class Opener:
         return data, tail.size
 
     @contextmanager
-    def _in_time(self, source: LayerSource) -> Iterator[None]:
-        """Let the registry take only so long: a client waits that can download the layer instead."""
+    def _in_time(self, source: LayerSource, size: int = 0) -> Iterator[None]:
+        """Let the registry take only so long: a client waits that can download the layer instead.
+
+        Args:
+            source: of the layer.
+            size: of what is asked for, in bytes; what is large may take longer, as layers share a line.
+        """
         seconds = self._registry.exchange.settings.open_seconds
+        seconds += max(size - _TAIL_LEAST, 0) / _OPENING_RATE
         began = trio.current_time()
         with trio.move_on_after(seconds) as scope:
             yield
@@ -354,6 +359,13 @@ def may_be_lazy(annotations: Mapping[str, str], *, allow_unverified: bool) -> bo
         allow_unverified: as for `Opener`.
     """
     return allow_unverified or bool(oci.toc_promise(annotations))
+
+
+def _tail_length(source: LayerSource) -> int:
+    """How many bytes of the end of a blob are asked for, in the hope for all of the table of contents."""
+    if source.size is None:
+        return _TAIL_UNKNOWN
+    return min(max(source.size // _TAIL_SHARE, _TAIL_LEAST), _TAIL_MOST)
 
 
 def _refuse_encrypted(source: LayerSource) -> None:

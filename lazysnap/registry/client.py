@@ -107,7 +107,9 @@ class Registry:
         self._layouts: dict[Reference, Layout] = {}
         self._tag_locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._manifests: dict[Digest, oci.Manifest] = {}  # the one that was fetched last at the end
-        self._manifest_locks: WeakValueDictionary[Digest, trio.Lock] = WeakValueDictionary()
+        self._manifest_locks: WeakValueDictionary[tuple[str, str, Digest], trio.Lock] = (
+            WeakValueDictionary()
+        )
 
     async def __aenter__(self) -> Registry:
         return self
@@ -192,7 +194,9 @@ class Registry:
             FormatError: it is malformed, or an index.
             RegistryError: or one of its kinds.
         """
-        async with self._manifest_locks.setdefault(digest, trio.Lock()):
+        # Not by the digest alone: another registry may be slow to send the same manifest.
+        key = (reference.host, reference.repository, digest)
+        async with self._manifest_locks.setdefault(key, trio.Lock()):
             found = self._manifests.get(digest)
             if found is None:
                 _, data = await self.manifest(reference, digest, hurried=hurried)

@@ -7,6 +7,7 @@ matter of returning more of them here. Knows nothing of HTTP requests or credent
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import ssl
 from dataclasses import dataclass, field
@@ -138,6 +139,7 @@ class HostTable:
         return (Endpoint(base_url=f"{scheme}://{server}/v2", host=host),)
 
 
+@functools.lru_cache
 def _is_loopback(host: str) -> bool:
     """Whether a host is this machine, where containerd speaks plain HTTP unless the port is 443."""
     parts = urlsplit(f"//{host}")

@@ -21,6 +21,8 @@ from lazysnap.errors import RegistryUnreachable
 from lazysnap.registry.outages import Outlook
 
 _FIRST_WAIT = 0.05
+_FIRST_TRY = 2.0
+"""Seconds for an attempt behind the first wait that a server has asked for."""
 _LONGEST_WAIT = 5.0
 _PROGRESS = 64 << 10
 _DATE_MOST = 64
@@ -137,6 +139,8 @@ class Backoff:
             self._last = fault
         if fault.retry_after:
             seconds = min(fault.retry_after, self._longest_retry_after)
+            if not self.retries:  # it asks to wait once, which is not the same as giving nothing
+                self._deadline = max(self._deadline, trio.current_time() + seconds + _FIRST_TRY)
         else:
             # Also if it is 0, as some servers always say: who obeys them floods them.
             seconds = self._wait * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, no secret

@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,11 @@ async def test_layers_that_come_late_together_are_one_outage(
         began = trio.current_time()
         await _refused(opener, _source(host, 0))
         assert trio.current_time() - began > 1
+
+
+async def test_a_large_layer_may_take_longer(clock: trio.testing.MockClock, opener: Opener) -> None:
+    """As when sixteen of them share a line of 10 Mbit/s."""
+    large = replace(_source("127.0.0.1:1", 1), size=256 << 20)
+    with pytest.raises(RegistryUnreachable, match="within 75 s"), opener._in_time(large, 2 << 20):
+        await trio.sleep(60)
+        await trio.sleep(60)

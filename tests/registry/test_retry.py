@@ -48,6 +48,16 @@ async def test_a_server_that_says_when_is_asked_then(
         assert trio.current_time() - before == pytest.approx(2)
 
 
+async def test_one_wait_that_a_server_asks_for_is_given_also_if_there_is_little_patience(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    backoff = Backoff("x", 5, 10, later=30)
+    await backoff.pause(Fault("y", retry_after=6))
+    assert backoff.deadline > trio.current_time()
+    with pytest.raises(RegistryUnreachable):
+        await backoff.pause(Fault("y", retry_after=6))
+
+
 async def test_progress_starts_the_time_again(autojump_clock: trio.testing.MockClock) -> None:
     backoff = Backoff("x", 10, 10)
     for _ in range(100):
