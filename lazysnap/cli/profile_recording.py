@@ -11,8 +11,9 @@ import contextlib
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -23,9 +24,9 @@ from lazysnap.errors import FailedPrecondition, Internal, LazysnapError, NotFoun
 from lazysnap.layers.slots import SlotRecord, list_slots, read_slot
 from lazysnap.paths import Root
 from lazysnap.platforms import Platform
-from lazysnap.prefetch.profile import Profile, Read, from_reads
+from lazysnap.prefetch.profile import Profile, from_reads
 from lazysnap.shard.calls import WorkerCalls
-from lazysnap.shard.client import connect
+from lazysnap.shard.client import connect, end_recording
 
 _DOCUMENT_LIMIT = 8 << 20
 _CALL_SECONDS = 30.0
@@ -101,28 +102,10 @@ async def record(
         await _run(image.name, command, ctr, snapshotter, seconds)
     except BaseException:
         with trio.CancelScope(shield=True), contextlib.suppress(LazysnapError):
-            await _recorded(root, shards, since)
+            await end_recording(partial(_worker, root), shards, since)
         raise
-    layers = await _recorded(root, shards, since)
+    layers = await end_recording(partial(_worker, root), shards, since)
     return from_reads(image.manifest.digest, command, layers)
-
-
-async def _recorded(
-    root: str, shards: Mapping[int, list[int]], since: float
-) -> dict[str, list[Read]]:
-    """End recording on all shards, whatever some of them answer; what was read, by layer digest."""
-    layers: dict[str, list[Read]] = {}
-    failed: LazysnapError | None = None
-    for shard, slots in shards.items():
-        try:
-            found = await _worker(root, shard).recorded(slots, since)
-        except LazysnapError as error:
-            failed = error
-        else:
-            layers.update(found)
-    if failed is not None:
-        raise failed
-    return layers
 
 
 def _shards(root: str, image: LocalImage) -> dict[int, list[int]]:

@@ -20,9 +20,10 @@ from lazysnap import log
 from lazysnap.advice import advice
 from lazysnap.errors import LazysnapError
 from lazysnap.layers.slots import SlotRecord
-from lazysnap.prefetch.profile import Profile, Read, from_reads
+from lazysnap.prefetch.profile import Profile, from_reads
 from lazysnap.prefetch.profile_store import ProfileStore
 from lazysnap.shard.calls import WorkerCalls
+from lazysnap.shard.client import end_recording
 from lazysnap.supervisor import Supervisor
 
 _log = log.get(__name__)
@@ -141,17 +142,7 @@ class ProfileLearner:
             await self._worker(shard).record(slots, since)
         with trio.move_on_after(self._seconds):
             await self._watching[manifest].wait()
-        layers: dict[str, list[Read]] = {}
-        failed: LazysnapError | None = None
-        for shard, slots in by_shard.items():  # all of them, so that no shard goes on recording
-            try:
-                found = await self._worker(shard).recorded(slots, since)
-            except LazysnapError as error:
-                failed = error
-            else:
-                layers.update(found)
-        if failed is not None:
-            raise failed
+        layers = await end_recording(self._worker, by_shard, since)
         profile = from_reads(manifest, (), layers)
         if profile.layers:
             await trio.to_thread.run_sync(self._store.add, profile)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import trio
 
 from lazysnap import channel
-from lazysnap.errors import Unavailable
+from lazysnap.errors import LazysnapError, Unavailable
+from lazysnap.prefetch.profile import Read
 from lazysnap.shard.calls import WorkerCalls, remote
 
 _PAUSE_SECONDS = 0.02
@@ -41,3 +42,31 @@ def connect(path: str, *, timeout: float, patient: bool = False) -> WorkerCalls:
                 await trio.sleep(_PAUSE_SECONDS)
 
     return remote(again_and_again if patient else once)
+
+
+async def end_recording(
+    worker: Callable[[int], WorkerCalls], shards: Mapping[int, Sequence[int]], since: float
+) -> dict[str, list[Read]]:
+    """End a recording on all shards, also if some do not answer, so that none goes on with it.
+
+    Args:
+        worker: the calls of a shard's worker.
+        shards: the slots that were recorded, by shard.
+        since: as it was given to `record`.
+
+    Returns:
+        What was read, by layer digest.
+
+    Raises:
+        LazysnapError: a shard did not answer, or has not recorded to the end.
+    """
+    layers: dict[str, list[Read]] = {}
+    failed: LazysnapError | None = None
+    for shard, slots in shards.items():
+        try:
+            layers.update(await worker(shard).recorded(slots, since))
+        except LazysnapError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+    return layers
